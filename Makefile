@@ -1,0 +1,41 @@
+# make demo   build the environment, compress a small VLA, try both policies on the simulated arm, write a report
+# make test   build the environment, lint, type-check, run every test
+# make clean  leave the checkout as cloned
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INTERFACES := $(wildcard msg/*.msg srv/*.srv action/*.action)
+# Fast DDS drops images under its default transport; rlrc_ros/bringup.py sets the same for the nodes it starts.
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: demo test lint env clean
+
+demo: env
+	$(BIN)/rlrc demo --out runs/demo
+
+test: env lint
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+env: $(VENV)/.installed $(VENV)/.interfaces
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	@scripts/check_system.sh $(PYTHON)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the environment into $(VENV) (about 2 GB, one or two minutes)"
+	@# torch by itself first: asked for together with the rest, pip may resolve it to a build with CUDA.
+	@$(PIP) torch
+	@$(PIP) --editable ".[sim,train,ros,ros-build,dev]"
+	@touch $@
+
+$(VENV)/.interfaces: $(VENV)/.installed package.xml CMakeLists.txt scripts/build_interfaces.py $(INTERFACES)
+	$(BIN)/python scripts/build_interfaces.py
+	@touch $@
+
+clean:
+	git clean -dfXq
