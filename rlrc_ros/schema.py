@@ -1,0 +1,103 @@
+"""Dataclasses from JSON and YAML, strictly.
+
+Every mistake in a file is one line that says where it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import yaml
+
+from rlrc_ros.errors import UserError
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], data: Any, where: str) -> T:
+    """Build the dataclass `cls` from nested dictionaries; errors name the file `where`.
+
+    Raises:
+        UserError: an unknown or missing key, a value of the wrong type, or one that `__post_init__`
+            refuses.
+    """
+    _refuse_unknown_keys(cls, data, where)
+    try:
+        return dacite.from_dict(cls, data, _CONFIG)
+    except dacite.MissingValueError as error:
+        raise UserError(f"{where}: '{error.field_path}' is missing") from None
+    except (dacite.DaciteError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """An int where a float is asked for is fine; a bool or a string is not."""
+    return float(value) if type(value) is int else value
+
+
+_CONFIG = dacite.Config(cast=[tuple], type_hooks={float: _number})
+
+
+def _refuse_unknown_keys(cls: Any, data: Any, where: str, prefix: str = "") -> None:
+    """Refuse keys that no field of `cls`, or of the dataclasses inside it, is named after."""
+    if not isinstance(data, dict):
+        place = f" at '{prefix.rstrip('.')}'" if prefix else ""
+        raise UserError(f"{where}: expected keys and values{place}, found {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key, value in data.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = (
+                f"did you mean '{prefix}{close[0]}'?"
+                if close
+                else f"known here: {', '.join(known)}"
+            )
+            raise UserError(f"{where}: unknown key '{prefix}{key}'; {hint}")
+        for inner in (hints[key], *typing.get_args(hints[key])):
+            if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+                _refuse_unknown_keys(inner, value, where, f"{prefix}{key}.")
+            elif dataclasses.is_dataclass(inner) and isinstance(value, list):
+                for i, item in enumerate(value):
+                    _refuse_unknown_keys(inner, item, where, f"{prefix}{key}[{i}].")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: the file is missing, unreadable, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file of plain data.
+
+    Raises:
+        UserError: the file is missing, unreadable, or no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "malformed"
+        raise UserError(f"{path}{line}: not valid YAML ({problem})") from None

@@ -1,0 +1,209 @@
+"""What `config.json` of a policy bundle says.
+
+Architecture, action codec, contract with the robot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rlrc_ros.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """One vision transformer.
+
+    `dinov2` has a class token, four registers and LayerScale; `siglip` carries a pooling head that
+    is never run. Both give the features of their last block but one, as OpenVLA does, without the
+    final norm. `vit` is neither: every block runs, and the final norm.
+    """
+
+    kind: Literal["dinov2", "siglip", "vit"]
+    width: int
+    depth: int
+    heads: int
+    ffn: int
+    patch: int
+    image_size: int
+    mean: tuple[float, ...]
+    """Subtracted from RGB in [0, 1]; one value a channel."""
+    std: tuple[float, ...]
+
+    @property
+    def patches(self) -> int:
+        """How many tokens an image becomes."""
+        return (self.image_size // self.patch) ** 2
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch or self.width % self.heads:
+            raise UserError(
+                f"vision tower: {self.image_size} px must divide into patches of {self.patch} px, "
+                f"and width {self.width} into {self.heads} heads"
+            )
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Widths of one decoder layer; they differ between layers after pruning."""
+
+    heads: int
+    kv_heads: int
+    ffn: int
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.ffn) < 1 or self.heads % self.kv_heads:
+            raise UserError(
+                f"decoder layer: {self} is not possible; query heads must be a multiple of kv heads"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The Llama decoder."""
+
+    vocab_size: int
+    """Rows of the embedding, padding included."""
+    hidden_size: int
+    head_dim: int
+    layers: tuple[LayerWidths, ...]
+    pad_to_multiple_of: int = 0
+    """Rows at the end of the vocabulary that stand for no token.
+
+    The action tokens end before them.
+    """
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_positions: int = 2048
+    bos_token_id: int = 1
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UserError("decoder: 'layers' is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureConfig:
+    """The module tree of OpenVLA."""
+
+    towers: tuple[TowerConfig, ...]
+    decoder: DecoderConfig
+    proprioception: int = 0
+    """Length of the proprioception vector; 0: the policy takes none."""
+
+    def __post_init__(self) -> None:
+        if len({tower.patches for tower in self.towers}) != 1:
+            raise UserError("architecture: the vision towers must give the same number of patches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionCodecConfig:
+    """How continuous actions become tokens.
+
+    OpenVLA's uniform bins on [-1, 1] after scaling by quantiles.
+    """
+
+    n_bins: int = 256
+    q01: tuple[float, ...]
+    """The value that becomes -1, per dimension: metres, radians, or gripper opening in [0, 1]."""
+    q99: tuple[float, ...]
+    """The value that becomes +1."""
+    mask: tuple[bool, ...]
+    """False: the dimension is left in [-1, 1]."""
+
+    def __post_init__(self) -> None:
+        if not len(self.q01) == len(self.q99) == len(self.mask):
+            raise UserError("action codec: q01, q99 and mask must have the same length")
+        if any(m and not lo < hi for lo, hi, m in zip(self.q01, self.q99, self.mask, strict=True)):
+            raise UserError(
+                "action codec: q01 must be below q99 in every dimension that mask scales"
+            )
+
+    @property
+    def dimensions(self) -> int:
+        """Length of an action, and number of tokens it takes."""
+        return len(self.q01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraConfig:
+    """A camera the policy looks through."""
+
+    name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProprioceptionConfig:
+    """Joint positions (rad), then the gripper's opening (0 closed to 1 open) if `gripper`."""
+
+    joints: tuple[str, ...]
+    gripper: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == len(self.joints) + self.gripper:
+            raise UserError(
+                "proprioception: mean and std need one value a joint, and one for the gripper"
+            )
+        if min(self.std, default=1.0) <= 0:
+            raise UserError("proprioception: std must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How the weights of some parts are stored."""
+
+    method: Literal["bitsandbytes-nf4"]
+    parts: tuple[Literal["llm", "vision", "projector"], ...]
+    block_size: int = 64
+    double_quantization: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """Everything that is needed to run a policy, apart from weights and tokenizer."""
+
+    architecture: ArchitectureConfig
+    action_codec: ActionCodecConfig
+    cameras: tuple[CameraConfig, ...]
+    proprioception: ProprioceptionConfig | None
+    control_rate: float
+    """Hz; one action a period."""
+    instruction_template: str
+    """Has `{instruction}` in it, which is put in lower case."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of the weights that are not quantized, as stored."""
+    prompt_suffix_token: int | None = None
+    """A token put after the prompt: OpenVLA was trained with 29871 there."""
+    quantization: QuantizationConfig | None = None
+    format: Literal["rlrc-bundle"] = "rlrc-bundle"
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise UserError(
+                f"format_version {self.format_version} is newer than this program's "
+                f"{FORMAT_VERSION}; update rlrc-ros"
+            )
+        if "{instruction}" not in self.instruction_template:
+            raise UserError("instruction_template must contain {instruction}")
+        if not self.control_rate > 0:
+            raise UserError("control_rate must be positive")
+        expected = self.architecture.proprioception
+        found = len(self.proprioception.mean) if self.proprioception else 0
+        if expected != found:
+            raise UserError(
+                f"the architecture takes {expected} proprioception values, the contract names "
+                f"{found}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` holds it."""
+        return asdict(self)

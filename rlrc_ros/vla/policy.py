@@ -1,0 +1,214 @@
+"""`load_policy`: from a bundle on disk to an object that acts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.vla import quantization
+from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.bundle import Bundle, open_bundle
+from rlrc_ros.vla.config import BundleConfig
+from rlrc_ros.vla.engine import EagerEngine, Engine, UnrolledEngine
+from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.processor import Observation, Processor
+
+EngineName = Literal["auto", "eager", "unrolled"]
+
+
+@dataclass
+class ActionChunk:
+    """What a policy wants done next.
+
+    Attributes:
+        actions: (T, 7) float64, one row a control step: translation (m) and rotation vector (rad)
+            of the end effector in the base frame, gripper opening in [0, 1] (0 closed).
+        latency_ms: by stage: preprocess, inference, total.
+    """
+
+    actions: NDArray[np.float64]
+    latency_ms: dict[str, float]
+
+
+def build_model(config: BundleConfig) -> OpenVLA:
+    """The bundle's module tree with fresh weights."""
+    return OpenVLA(config.architecture, config.action_codec.n_bins, config.action_codec.dimensions)
+
+
+def load_model(
+    bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> OpenVLA:
+    """The bundle's model with its weights; what is not quantized is cast to `dtype`.
+
+    Raises:
+        UserError: the stored tensors do not fit the architecture; found out before any of them is
+            read.
+    """
+    with torch.device("meta"):
+        model = build_model(bundle.config)
+    file = bundle.path / "model.safetensors"
+    quantized = bundle.config.quantization
+    _refuse_misfits(file, model, bundle.shapes(), quantized is not None)
+    tensors = bundle.tensors()
+    if quantized:
+        quantization.restore(model, quantized, tensors)
+    # Copies: the file's own memory map must not change under a running policy when the file does.
+    cast = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+    problems = model.load_state_dict(cast, strict=False, assign=True)
+    left = [key for key in problems.missing_keys if not _belongs_to_quantized(model, key)]
+    if left or problems.unexpected_keys:
+        raise UserError(f"{file}: missing {left[:3]}, unexpected {problems.unexpected_keys[:3]}")
+    model.rebuild_buffers()
+    return model.to(device).eval()
+
+
+def _belongs_to_quantized(model: OpenVLA, key: str) -> bool:
+    return quantization.is_quantized(model.get_submodule(key.rpartition(".")[0]))
+
+
+def _refuse_misfits(
+    file: Path, model: OpenVLA, stored: dict[str, tuple[int, ...]], quantized: bool
+) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layers = len(model.config.decoder.layers)
+    held = {
+        name.split(".")[3] for name in stored if name.startswith("language_model.model.layers.")
+    }
+    if held and layers != len(held):
+        raise UserError(
+            f"{file}: config.json asks for {layers} decoder layers, the file holds {len(held)}"
+        )
+    missing = sorted(expected.keys() - stored.keys())
+    extra = sorted(
+        name for name in stored.keys() - expected.keys() if not (quantized and ".weight." in name)
+    )
+    wrong = [
+        f"{name} is {stored[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in stored
+        and stored[name] != shape
+        and f"{name}.{quantization.STATE_KEY}" not in stored
+    ]
+    problems = [f"missing: {_some(missing)}"] * bool(missing) + [f"unknown: {_some(extra)}"] * bool(
+        extra
+    )
+    problems += [f"wrong shape: {_some(wrong)}"] * bool(wrong)
+    if problems:
+        raise UserError(f"{file} does not fit config.json; {'; '.join(problems)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class Policy:
+    """A policy that is loaded and ready.
+
+    The same object serves nodes, evaluation and benchmarks.
+    """
+
+    def __init__(
+        self, bundle: Bundle, engine: Engine, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.bundle, self.config, self.hash = bundle, bundle.config, bundle.hash
+        self.engine, self.device, self.dtype = engine, device, dtype
+        self.processor = Processor(bundle.config, bundle.tokenizer())
+        self._codec = ActionCodec(bundle.config.action_codec)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """One inference.
+
+        Raises:
+            UserError: the observation does not fit the bundle's contract, or the model gave a value
+                that is not finite.
+        """
+        start = time.perf_counter()
+        inputs = self.processor(observation).to(self.device, self.dtype)
+        ready = time.perf_counter()
+        bins = self.engine.bins(inputs).cpu().numpy()
+        actions = self._codec.decode(bins)
+        actions[:, -1] = actions[:, -1].clip(0.0, 1.0)
+        if not np.isfinite(actions).all():
+            raise UserError("the policy gave an action that is not finite")
+        done = time.perf_counter()
+        stages = {"preprocess": ready - start, "inference": done - ready, "total": done - start}
+        return ActionChunk(actions, {name: seconds * 1e3 for name, seconds in stages.items()})
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of weights held in memory, by part and in total."""
+        parts = self.engine.weight_bytes()
+        return parts | {"total": sum(parts.values())}
+
+    def warm_up(self) -> float:
+        """Act twice on a grey image, so that no robot waits for first calls.
+
+        Returns the seconds it took.
+        """
+        start = time.perf_counter()
+        config = self.config
+        size = config.architecture.towers[0].image_size
+        grey = np.full((1, size, size, 3), 128, np.uint8)
+        resting = np.asarray(config.proprioception.mean)[None] if config.proprioception else None
+        inputs = Inputs(
+            torch.full((1, 16), config.architecture.decoder.bos_token_id),
+            None,
+            self.processor.pixel_values(grey),
+            None if resting is None else self.processor.normalise_proprioception(resting),
+        ).to(self.device, self.dtype)
+        for _ in range(2):
+            self.engine.bins(inputs)
+        return time.perf_counter() - start
+
+
+def parameter_counts(model: OpenVLA) -> dict[str, int]:
+    """Parameters by part, and in total; a quantized weight counts as what it stands for."""
+
+    def count(parameter: Any) -> int:
+        state = getattr(parameter, "quant_state", None)
+        return parameter.numel() if state is None else state.shape.numel()
+
+    counts = {name: sum(map(count, part.parameters())) for name, part in model.parts.items()}
+    return counts | {"total": sum(counts.values())}
+
+
+def load_policy(
+    policy: str | Path, device: str = "cpu", engine: EngineName = "auto", dtype: str = "auto"
+) -> Policy:
+    """Load a bundle and make it ready to act.
+
+    Args:
+        policy: a bundle directory, or the short name of a shipped bundle.
+        device: as torch names it.
+        engine: `auto` takes `unrolled` on a CPU, else `eager`.
+        dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
+            else bfloat16.
+
+    Raises:
+        UserError: the bundle is incomplete or damaged, or does not fit; the device does not exist.
+    """
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device '{device}' cannot be used ({str(error).splitlines()[0]})"
+        ) from None
+    bundle = open_bundle(policy)
+    on_cpu = target.type == "cpu"
+    if engine == "unrolled" and not on_cpu:
+        raise UserError("the unrolled engine runs on a CPU only; take engine 'eager'")
+    kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    model = load_model(bundle, target, kind)
+    chosen: Engine = (
+        UnrolledEngine(model)
+        if engine == "unrolled" or (engine == "auto" and on_cpu)
+        else EagerEngine(model)
+    )
+    return Policy(bundle, chosen, target, kind)

@@ -1,0 +1,184 @@
+"""From what a robot sees to what the model takes.
+
+Image, proprioception and instruction to tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.vla.config import BundleConfig
+from rlrc_ros.vla.openvla import Inputs
+
+
+@dataclass
+class Observation:
+    """What a policy acts on.
+
+    Attributes:
+        images: (H, W, 3) uint8 RGB by camera name, as the bundle's `cameras` name them.
+        proprioception: joint positions in rad in the bundle's order, then gripper opening in [0,
+            1]; None where the bundle takes none.
+        instruction: what to do, in plain words.
+    """
+
+    images: dict[str, NDArray[np.uint8]]
+    instruction: str
+    proprioception: NDArray[np.floating] | None = field(default=None)
+
+
+class Processor:
+    """The preprocessing of one bundle."""
+
+    def __init__(self, config: BundleConfig, tokenizer: Tokenizer | None) -> None:
+        self.config = config
+        self._tokenizer = tokenizer
+        self._unknown = tokenizer.token_to_id("<unk>") if tokenizer else None
+        self._token_ids: dict[str, list[int]] = {}
+
+    def __call__(self, observation: Observation) -> Inputs:
+        """A batch of one.
+
+        Raises:
+            UserError: a camera or the proprioception is missing or has the wrong shape, a value is
+                not finite, or the instruction is empty or has words the policy does not know.
+        """
+        return Inputs(
+            torch.tensor([self.token_ids(observation.instruction)]),
+            None,
+            self.pixel_values(self._image(observation)[None]),
+            self._proprioception(observation),
+        )
+
+    def token_ids(self, instruction: str) -> list[int]:
+        """The prompt's token ids, BOS first.
+
+        Raises:
+            UserError: the instruction is empty, has words the policy does not know, or is too long
+                for it.
+        """
+        if instruction in self._token_ids:
+            return self._token_ids[instruction]
+        words = instruction.strip().lower()
+        if not words:
+            raise UserError("the instruction is empty; say what the robot should do")
+        if self._tokenizer is None:
+            raise UserError(
+                "this policy has no tokenizer.json, so it cannot read an instruction; copy it "
+                "from the checkpoint"
+            )
+        decoder = self.config.architecture.decoder
+        prompt = self.config.instruction_template.format(instruction=words)
+        encoded = self._tokenizer.encode(prompt, add_special_tokens=False)
+        spans = zip(encoded.offsets, encoded.ids, strict=True)
+        if unknown := [prompt[start:end] for (start, end), i in spans if i == self._unknown]:
+            raise UserError(
+                f"the policy does not know these words of the instruction: {', '.join(unknown)}"
+            )
+        ids = [decoder.bos_token_id, *encoded.ids]
+        if (
+            self.config.prompt_suffix_token is not None
+            and ids[-1] != self.config.prompt_suffix_token
+        ):
+            ids.append(self.config.prompt_suffix_token)
+        room = decoder.max_positions - self.config.architecture.towers[0].patches - 16
+        if len(ids) > room:
+            raise UserError(
+                f"the instruction takes {len(ids)} tokens, and the policy's context has room for "
+                f"{room}"
+            )
+        if len(self._token_ids) >= 10_000:
+            self._token_ids.clear()
+        self._token_ids[instruction] = ids
+        return ids
+
+    def batch_token_ids(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """(B, T) ids padded at the end, and the (B, T) mask.
+
+        None where all have the same length.
+        """
+        rows = [self.token_ids(instruction) for instruction in instructions]
+        longest = max(map(len, rows))
+        pad = self.config.architecture.decoder.pad_token_id
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        if all(len(row) == longest for row in rows):
+            return ids, None
+        return ids, torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
+
+    def pixel_values(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 of the towers' size -> (B, 3 × towers, H, W) float32, normalised."""
+        pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
+        towers = []
+        for tower in self.config.architecture.towers:
+            mean, std = (
+                torch.tensor(v, device=pixels.device).view(1, -1, 1, 1)
+                for v in (tower.mean, tower.std)
+            )
+            towers.append((pixels - mean) / std)
+        return torch.cat(towers, 1)
+
+    def normalise_proprioception(self, values: NDArray[np.floating] | Tensor) -> Tensor:
+        """(…, P) -> (…, P) float32 with the bundle's mean and standard deviation."""
+        contract = self.config.proprioception
+        assert contract is not None
+        x = torch.as_tensor(values, dtype=torch.float32)
+        return (x - torch.tensor(contract.mean, device=x.device)) / torch.tensor(
+            contract.std, device=x.device
+        )
+
+    def _image(self, observation: Observation) -> NDArray[np.uint8]:
+        camera = self.config.cameras[0]
+        image = observation.images.get(camera.name)
+        if image is None:
+            there = ", ".join(sorted(observation.images)) or "none"
+            raise UserError(
+                f"the policy looks through camera '{camera.name}', and the observation has: {there}"
+            )
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise UserError(
+                f"camera '{camera.name}': expected (height, width, 3) uint8 RGB, got "
+                f"{image.shape} {image.dtype}"
+            )
+        size = self.config.architecture.towers[0].image_size
+        if image.shape[:2] == (size, size):
+            return image
+        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+    def _proprioception(self, observation: Observation) -> Tensor | None:
+        contract = self.config.proprioception
+        if contract is None:
+            return None
+        values = observation.proprioception
+        expected = len(contract.mean)
+        if values is None or values.shape != (expected,):
+            found = "none" if values is None else f"shape {values.shape}"
+            names = [*contract.joints, *(["gripper"] if contract.gripper else [])]
+            raise UserError(
+                f"the policy takes {expected} proprioception values ({', '.join(names)}), got "
+                f"{found}"
+            )
+        if not np.isfinite(values).all():
+            raise UserError("the proprioception has a value that is not finite")
+        return self.normalise_proprioception(values[None])
+
+
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """One token a word, for policies trained from nothing on a small vocabulary."""
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    vocabulary = {
+        token: i for i, token in enumerate(["<pad>", "<s>", "<unk>", *sorted(set(words))])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer

@@ -1,0 +1,152 @@
+"""Bundles as training sees them: a model with gradients, and back to a directory."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.sim.model import JOINT_NAMES
+from rlrc_ros.sim.tabletop import CONTROL_RATE
+from rlrc_ros.sim.tasks import VOCABULARY
+from rlrc_ros.vla import quantization
+from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.bundle import Bundle, open_bundle, provenance, write_bundle
+from rlrc_ros.vla.config import (
+    ActionCodecConfig,
+    ArchitectureConfig,
+    BundleConfig,
+    CameraConfig,
+    DecoderConfig,
+    ProprioceptionConfig,
+)
+from rlrc_ros.vla.openvla import OpenVLA
+from rlrc_ros.vla.policy import build_model, load_model
+from rlrc_ros.vla.processor import Processor, word_tokenizer
+from training.config import ModelConfig
+from training.data.demonstrations import Demonstrations
+
+TEMPLATE = "in: {instruction} out:"
+
+
+@dataclass
+class Trainable:
+    """A policy in float32 on a device, and what belongs to it.
+
+    Attributes:
+        model: its module.
+        config: what its bundle's `config.json` says; the model's own `config` rules where they
+            differ.
+        tokenizer: its tokenizer.
+        parent: the bundle it was loaded from, if any.
+    """
+
+    model: OpenVLA
+    config: BundleConfig
+    tokenizer: Tokenizer
+    parent: Bundle | None
+
+    @property
+    def processor(self) -> Processor:
+        """Its preprocessing."""
+        return Processor(self.config, self.tokenizer)
+
+    @property
+    def codec(self) -> ActionCodec:
+        """Its action codec."""
+        return ActionCodec(self.config.action_codec)
+
+    def save(
+        self,
+        path: Path,
+        stage: str,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        **facts: Any,
+    ) -> Bundle:
+        """Write it as a bundle; `facts` go into the provenance."""
+        config = replace(self.config, architecture=self.model.config, dtype=dtype)
+        tensors = quantization.stored(self.model)
+        kind = getattr(torch, dtype)
+        cast = {
+            k: v.to(kind) if v.dtype == torch.float32 and not _statistic(k) else v
+            for k, v in tensors.items()
+        }
+        origin = provenance(self.parent, stage, machine=_machine(), **facts)
+        return write_bundle(path, config, cast, self.tokenizer, origin)
+
+
+def _statistic(name: str) -> bool:
+    """Whether a tensor is part of a quantized weight, whose precision is its own."""
+    return ".weight." in name
+
+
+def _machine() -> str:
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+    )
+
+
+def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
+    """Load a bundle to train it further.
+
+    Raises:
+        UserError: it is damaged, or quantized: such weights have no gradients.
+    """
+    bundle = open_bundle(policy)
+    if bundle.config.quantization:
+        raise UserError(f"{bundle.path}: is quantized; train its parent instead, and quantize last")
+    return Trainable(load_model(bundle, device), bundle.config, bundle.tokenizer(), bundle)
+
+
+def new_trainable(model: ModelConfig, data: Demonstrations, device: torch.device) -> Trainable:
+    """A policy for the tabletop with fresh weights, its scales taken from the demonstrations."""
+    tokenizer = word_tokenizer([*VOCABULARY, *["in", ":", "out"]])
+    text = -(-tokenizer.get_vocab_size() // 64) * 64
+    codec = _codec_config(data)
+    config = BundleConfig(
+        architecture=ArchitectureConfig(
+            towers=(model.tower,),
+            decoder=DecoderConfig(
+                vocab_size=text + codec.n_bins,
+                hidden_size=model.hidden_size,
+                head_dim=model.head_dim,
+                layers=model.widths,
+                max_positions=256,
+            ),
+            proprioception=len(JOINT_NAMES) + 1,
+        ),
+        action_codec=codec,
+        cameras=(
+            CameraConfig(name="front", height=model.tower.image_size, width=model.tower.image_size),
+        ),
+        proprioception=ProprioceptionConfig(
+            joints=JOINT_NAMES,
+            gripper=True,
+            mean=tuple(data.proprioception.mean(0).tolist()),
+            std=tuple(np.maximum(data.proprioception.std(0), 1e-3).tolist()),
+        ),
+        control_rate=float(CONTROL_RATE),
+        instruction_template=TEMPLATE,
+        dtype="float32",
+    )
+    return Trainable(build_model(config).to(device), config, tokenizer, None)
+
+
+def _codec_config(data: Demonstrations) -> ActionCodecConfig:
+    """OpenVLA's quantiles, but at least a tenth of a degree or millimetre a step wide.
+
+    The gripper's are 0 and 1.
+    """
+    low, high = np.quantile(data.actions, [0.01, 0.99], axis=0)
+    middle, half = (low + high) / 2, np.maximum((high - low) / 2, 2e-3)
+    low, high = middle - half, middle + half
+    low[-1], high[-1] = 0.0, 1.0
+    return ActionCodecConfig(
+        q01=tuple(low.tolist()), q99=tuple(high.tolist()), mask=(True,) * data.actions.shape[1]
+    )

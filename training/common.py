@@ -1,0 +1,135 @@
+"""What the training scripts share: devices, seeds, metrics, checkpoints without pickle."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def cpu_count() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; without one, the GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 stable-baselines3 shuffles with the global generator
+    torch.manual_seed(seed)
+
+
+class MetricsLog:
+    """One CSV row an update.
+
+    Rows of steps from `resume_at` on, written before a kill, are dropped.
+    """
+
+    def __init__(self, path: Path, resume_at: int = 0) -> None:
+        self._path = path
+        self._fields: list[str] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) < resume_at]
+            path.unlink()
+            for row in rows:
+                self.write(**row)
+
+    def write(self, **values: Any) -> None:
+        """Append a row; the first one decides the columns. `step` must be among them."""
+        new = not self._fields
+        self._fields = self._fields or list(values)
+        with self._path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self._fields)
+            if new:
+                writer.writeheader()
+            writer.writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+            )
+
+
+def save_checkpoint(directory: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and JSON-able facts; an earlier checkpoint stays until the new one is whole."""
+    partial, old = (
+        directory.with_name(f"{directory.name}.partial"),
+        directory.with_name(f"{directory.name}.old"),
+    )
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+        partial / "state.safetensors",
+    )
+    (partial / "facts.json").write_text(json.dumps(facts))
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The latest whole checkpoint, or None."""
+    for place in (directory, directory.with_name(f"{directory.name}.old")):
+        if (place / "facts.json").exists():
+            return load_file(place / "state.safetensors"), json.loads(
+                (place / "facts.json").read_text()
+            )
+    return None
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
+) -> dict[str, Tensor]:
+    """An AdamW optimizer's state as flat tensors."""
+    return {
+        f"{prefix}.{index}.{name}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer"
+) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            _, index, name = key.rsplit(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Torch's random state, to resume exactly."""
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `rng_tensors` took."""
+    torch.set_rng_state(tensors["rng.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)

@@ -1,0 +1,181 @@
+"""The file that describes a whole run of `rlrc compress`, as dataclasses: one for each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.schema import from_dict, read_yaml
+from rlrc_ros.vla.config import LayerWidths, QuantizationConfig, TowerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The original policy's shape.
+
+    Vocabulary and contract with the robot follow from the environment.
+    """
+
+    tower: TowerConfig
+    hidden_size: int
+    head_dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+
+    @property
+    def widths(self) -> tuple[LayerWidths, ...]:
+        """The same widths in every decoder layer."""
+        return (LayerWidths(self.heads, self.kv_heads, self.ffn),) * self.layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationsConfig:
+    """Episodes of the scripted expert, disturbed on the way so that recoveries are seen too.
+
+    Noise is added to what is executed; the label stays the expert's own action (DART, Laskey et
+    al., arXiv 1703.09327).
+    """
+
+    episodes: int
+    first_seed: int
+    """Scenes `first_seed … first_seed + episodes - 1`.
+
+    Keep them apart from the ones evaluated on.
+    """
+    disturbed_share: float
+    """Share of the episodes that have noise."""
+    translation_noise: float
+    """Standard deviation, m a control step."""
+    rotation_noise: float
+    """Standard deviation, rad a control step."""
+    gripper_flips: float
+    """Probability that a control step's gripper command is inverted."""
+    latency: tuple[float, float] = (0.0, 0.08)
+    """s; how late commands take effect, drawn for each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionsConfig:
+    """A round of DAgger (Ross et al., arXiv 1011.0686).
+
+    The policy acts, the expert says what it would have done.
+    """
+
+    at_step: int
+    """Before which training step the episodes are added."""
+    episodes: int
+    first_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning on action tokens."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    average: float = 0.999
+    """Decay of the moving average of the weights, which is what is kept.
+
+    0 keeps the last weights.
+    """
+    brightness: float = 0.15
+    """Images are brightened and their contrast changed by up to this share."""
+    corrections: tuple[CorrectionsConfig, ...] = ()
+    checkpoint_every: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Structured pruning of the decoder."""
+
+    remove: float
+    """Share of the decoder layers' parameters to remove at least."""
+    keep_layers: int
+    """Whole layers left, the first and the last among them; the rest of the share goes by width."""
+    importance: Literal["taylor", "magnitude", "random"] = "taylor"
+    ffn_multiple: int = 32
+    """Feed-forward widths are multiples of this."""
+    calibration_samples: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.remove < 1:
+            raise UserError("prune: 'remove' is a share, above 0 and below 1")
+        if self.keep_layers < 2:
+            raise UserError("prune: 'keep_layers' must be at least 2, the first and the last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    """PPO with critic warm-up and BC regularization.
+
+    RLRC does not publish its settings. The defaults start from RL4VLA's published code; critic
+    warm-up and the BC coefficient are ours.
+    """
+
+    seeds: tuple[int, ...]
+    """One run each, from the same recovered policy.
+
+    The first one's result goes on to quantization.
+    """
+    updates: int
+    environments: int
+    steps_per_update: int
+    """Per environment."""
+    minibatch: int
+    epochs: int = 1
+    learning_rate: float = 1e-5
+    value_learning_rate: float = 3e-4
+    critic_warmup: int = 4
+    """Updates in which the value head alone learns."""
+    bc_coefficient: float = 0.1
+    bc_batch: int = 512
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    huber_delta: float = 10.0
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0
+    first_seed: int = 5_000_000
+    """Scenes of the rollouts, counted up from here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How each stage's policy is evaluated."""
+
+    episodes: int
+    first_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """Everything from demonstrations to the quantized policy."""
+
+    environment: Literal["tabletop"]
+    seed: int
+    model: ModelConfig
+    demonstrations: DemonstrationsConfig
+    sft: SftConfig
+    prune: PruneConfig
+    recovery: SftConfig
+    rl: RlConfig
+    quantize: QuantizationConfig
+    evaluate: EvaluateConfig
+
+
+def load_config(path: Path) -> CompressConfig:
+    """Read a pipeline's YAML.
+
+    Raises:
+        UserError: naming the file, the key and what is wrong.
+    """
+    return from_dict(CompressConfig, read_yaml(path), str(path))

@@ -1,0 +1,189 @@
+"""Record demonstrations from the scripted expert, and corrections of a policy by it.
+
+python -m training.data.collect --out runs/demos --episodes 50 --first-seed 1000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from rlrc_ros.sim.expert import expert_action
+from rlrc_ros.sim.tabletop import TabletopEnv
+from training.common import cpu_count
+from training.config import DemonstrationsConfig, load_config
+from training.data.demonstrations import Episode, encode_png, write_shard
+from training.envs.vector import make_vector
+from training.rollout import Actor
+
+EPISODES_PER_SHARD = 32
+
+
+def collect_demonstrations(
+    out: Path, config: DemonstrationsConfig, workers: int | None = None
+) -> None:
+    """Record successful episodes of the expert.
+
+    Shards that are there already are not made again.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = range(config.first_seed, config.first_seed + config.episodes)
+    chunks = [seeds[i : i + EPISODES_PER_SHARD] for i in range(0, len(seeds), EPISODES_PER_SHARD)]
+    jobs = [(out / f"shard-{i:05d}.safetensors", chunk, config) for i, chunk in enumerate(chunks)]
+    jobs = [job for job in jobs if not job[0].exists()]
+    context = multiprocessing.get_context("forkserver")
+    with (
+        ProcessPoolExecutor(workers or cpu_count(), mp_context=context) as pool,
+        tqdm(
+            total=len(chunks), initial=len(chunks) - len(jobs), desc="demonstrations", unit="shard"
+        ) as bar,
+    ):
+        for _ in pool.map(_record_shard, jobs):
+            bar.update()
+
+
+def _record_shard(job: tuple[Path, Iterable[int], DemonstrationsConfig]) -> None:
+    path, seeds, config = job
+    env = TabletopEnv(latency=config.latency)
+    episodes = (_record_episode(env, seed, config) for seed in seeds)
+    write_shard(path, [episode for episode in episodes if episode.facts["success"]])
+    env.close()
+
+
+def _record_episode(env: TabletopEnv, seed: int, config: DemonstrationsConfig) -> Episode:
+    rng = np.random.default_rng([seed, 11])
+    # Every disturbed episode has its own strength, up to twice the mean.
+    strength = rng.uniform(0, 2) if rng.random() < config.disturbed_share else 0.0
+    recording = _Recording()
+    observation, _ = env.reset(seed=seed)
+    ended = success = False
+    while not ended:
+        label = expert_action(env.world)
+        recording.add(observation["image"], observation["proprioception"], label)
+        observation, _, success, truncated, _ = env.step(_disturb(label, strength, config, rng))
+        ended = success or truncated
+    return recording.episode(
+        seed=seed,
+        family=env.world.scene.family,
+        instruction=env.world.scene.instruction,
+        success=success,
+        source="expert",
+    )
+
+
+def _disturb(
+    action: NDArray[np.float64],
+    strength: float,
+    config: DemonstrationsConfig,
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    noise = np.zeros(7)
+    noise[:3] = rng.normal(0, config.translation_noise, 3)
+    noise[5] = rng.normal(0, config.rotation_noise)
+    executed = action + strength * noise
+    if rng.random() < strength * config.gripper_flips:
+        executed[6] = 1 - executed[6]
+    return executed
+
+
+class _Recording:
+    """An episode being recorded."""
+
+    def __init__(self) -> None:
+        self._images: list[bytes] = []
+        self._proprioception: list[NDArray[np.float32]] = []
+        self._actions: list[NDArray[np.float64]] = []
+
+    def add(
+        self,
+        image: NDArray[np.uint8],
+        proprioception: NDArray[np.float32],
+        action: NDArray[np.float64],
+    ) -> None:
+        self._images.append(encode_png(image))
+        self._proprioception.append(proprioception)
+        self._actions.append(action)
+
+    def episode(self, **facts: Any) -> Episode:
+        actions = np.asarray(self._actions, np.float32)
+        return Episode(self._images, np.asarray(self._proprioception, np.float32), actions, facts)
+
+
+def collect_corrections(
+    out: Path,
+    actor: Actor,
+    first_seed: int,
+    episodes: int,
+    latency: tuple[float, float],
+    environments: int,
+) -> float:
+    """Let a policy act greedily and record what the expert would have done in every state it came
+    to.
+
+    Returns the policy's success rate over these episodes.
+    """
+    venv = make_vector(
+        lambda i, n: range(first_seed + i, first_seed + episodes, n), environments,
+        in_process=environments == 1, latency=latency, label=True,
+    )  # fmt: skip
+    finished: list[Episode] = []
+    recordings = [_Recording() for _ in range(environments)]
+    observation = venv.reset()
+    told: list[dict[str, Any]] = list(venv.reset_infos)
+    with tqdm(total=episodes, desc="corrections", unit="episode") as bar:
+        while not all(info["exhausted"] for info in told):
+            for i, recording in enumerate(recordings):
+                if not told[i]["exhausted"]:
+                    recording.add(
+                        observation["image"][i],
+                        observation["proprioception"][i],
+                        told[i]["expert_action"],
+                    )
+            before = told
+            observation, _, dones, infos = venv.step(actor.act(observation))
+            told = [venv.reset_infos[i] if dones[i] else infos[i] for i in range(environments)]
+            for i in np.flatnonzero(dones):
+                if not before[i]["exhausted"]:
+                    facts = {
+                        key: infos[i][key] for key in ("seed", "family", "instruction", "success")
+                    }
+                    finished.append(recordings[i].episode(**facts, source="corrections"))
+                    bar.update()
+                recordings[i] = _Recording()
+    venv.close()
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, start in enumerate(range(0, len(finished), EPISODES_PER_SHARD)):
+        shard = finished[start : start + EPISODES_PER_SHARD]
+        write_shard(partial / f"shard-{number:05d}.safetensors", shard)
+    partial.rename(out)
+    return float(np.mean([episode.facts["success"] for episode in finished]))
+
+
+def main() -> None:
+    """Record demonstrations from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory for the shards")
+    parser.add_argument("--config", type=Path, default=Path("config/training/tabletop.yaml"))
+    parser.add_argument("--episodes", type=int, help="instead of the configuration's")
+    parser.add_argument("--first-seed", type=int, help="instead of the configuration's")
+    arguments = parser.parse_args()
+    given = {"episodes": arguments.episodes, "first_seed": arguments.first_seed}
+    config = load_config(arguments.config).demonstrations
+    config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
+    collect_demonstrations(arguments.out, config)
+
+
+if __name__ == "__main__":
+    main()

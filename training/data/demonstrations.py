@@ -1,0 +1,132 @@
+"""Demonstrations on disk and in memory.
+
+A directory of shards, `shard-00000.safetensors` and so on, each some dozens of episodes: frames as
+PNG (lossless, a tenth of the size), proprioception, actions, and the episodes' facts as JSON in the
+header. A shard is written under a temporary name and renamed, so every shard there is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rlrc_ros.errors import UserError
+
+
+@dataclass
+class Episode:
+    """One recorded episode of T control steps.
+
+    Attributes:
+        images: T frames as PNG files.
+        proprioception: (T, P) float32.
+        actions: (T, D) float32, what the expert did or would have done.
+        facts: seed, family, instruction, success, and so on.
+    """
+
+    images: list[bytes]
+    proprioception: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    facts: dict[str, Any]
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """(H, W, 3) RGB as a PNG file."""
+    return cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+def write_shard(path: Path, episodes: Sequence[Episode]) -> None:
+    """Write episodes to one file, whole or not at all."""
+    frames = [image for episode in episodes for image in episode.images]
+    tensors = {
+        "png": np.frombuffer(b"".join(frames), np.uint8),
+        "png_ends": np.cumsum([len(frame) for frame in frames]).astype(np.int64),
+        "proprioception": np.concatenate([episode.proprioception for episode in episodes]),
+        "actions": np.concatenate([episode.actions for episode in episodes]),
+    }
+    facts = [{**episode.facts, "steps": len(episode.images)} for episode in episodes]
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"episodes": json.dumps(facts)})
+    os.replace(partial, path)
+
+
+@dataclass
+class Demonstrations:
+    """Every step of some episodes, in memory.
+
+    Attributes:
+        images: (N, H, W, 3) uint8.
+        proprioception: (N, P) float32.
+        actions: (N, D) float32.
+        prompts: (N,) index into `instructions`.
+        instructions: the different instructions.
+        episodes: the episodes' facts, in order; `steps` of them add up to N.
+    """
+
+    images: NDArray[np.uint8]
+    proprioception: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    prompts: NDArray[np.int64]
+    instructions: list[str]
+    episodes: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def read(directories: Sequence[Path]) -> Demonstrations:
+    """Load every shard of some directories.
+
+    Raises:
+        UserError: there is none, or one is damaged.
+    """
+    paths = [
+        path for directory in directories for path in sorted(directory.glob("shard-*.safetensors"))
+    ]
+    if not paths:
+        raise UserError(
+            f"{', '.join(map(str, directories))}: no demonstrations there (shard-*.safetensors)"
+        )
+    with ThreadPoolExecutor() as pool:
+        shards = list(pool.map(_read_shard, paths))
+    episodes = [facts for shard in shards for facts in shard[3]]
+    instructions = sorted({facts["instruction"] for facts in episodes})
+    prompts = [instructions.index(facts["instruction"]) for facts in episodes]
+    return Demonstrations(
+        images=np.concatenate([shard[0] for shard in shards]),
+        proprioception=np.concatenate([shard[1] for shard in shards]),
+        actions=np.concatenate([shard[2] for shard in shards]),
+        prompts=np.repeat(prompts, [facts["steps"] for facts in episodes]).astype(np.int64),
+        instructions=instructions,
+        episodes=episodes,
+    )
+
+
+_Shard = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32], list[dict[str, Any]]]
+
+
+def _read_shard(path: Path) -> _Shard:
+    try:
+        with safe_open(str(path), framework="np") as file:
+            facts = json.loads(file.metadata()["episodes"])
+            data = file.get_tensor("png")
+            ends = file.get_tensor("png_ends")
+            proprioception, actions = file.get_tensor("proprioception"), file.get_tensor("actions")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable shard of demonstrations ({error}); delete it and record again"
+        ) from None
+    frames = np.split(data, ends[:-1])
+    images = np.stack([cv2.imdecode(frame, cv2.IMREAD_COLOR)[..., ::-1] for frame in frames])
+    return images, proprioception, actions, facts
