@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.sim.model import JOINT_NAMES
-from rlrc_ros.sim.tabletop import CONTROL_RATE
+from rlrc_ros.sim.tabletop import ACTION_HIGH, ACTION_LOW, CONTROL_RATE
 from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla import quantization
 from rlrc_ros.vla.action_codec import ActionCodec
@@ -62,23 +62,17 @@ class Trainable:
         """Its action codec."""
         return ActionCodec(self.config.action_codec)
 
-    def save(
-        self,
-        path: Path,
-        stage: str,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        **facts: Any,
-    ) -> Bundle:
-        """Write it as a bundle; `facts` go into the provenance."""
-        config = replace(self.config, architecture=self.model.config, dtype=dtype)
-        tensors = quantization.stored(self.model)
-        kind = getattr(torch, dtype)
-        cast = {
-            k: v.to(kind) if v.dtype == torch.float32 and not _statistic(k) else v
-            for k, v in tensors.items()
+    def save(self, path: Path, stage: str, **facts: Any) -> Bundle:
+        """Write it as a bundle, in half precision; `facts` go into the provenance."""
+        config = replace(self.config, architecture=self.model.config, dtype="float16")
+        tensors = {
+            name: tensor.half()
+            if tensor.dtype == torch.float32 and not _statistic(name)
+            else tensor
+            for name, tensor in quantization.stored(self.model).items()
         }
         origin = provenance(self.parent, stage, machine=_machine(), **facts)
-        return write_bundle(path, config, cast, self.tokenizer, origin)
+        return write_bundle(path, config, tensors, self.tokenizer, origin)
 
 
 def _statistic(name: str) -> bool:
@@ -105,10 +99,17 @@ def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
 
 
 def new_trainable(model: ModelConfig, data: Demonstrations, device: torch.device) -> Trainable:
-    """A policy for the tabletop with fresh weights, its scales taken from the demonstrations."""
+    """A policy for the tabletop with fresh weights.
+
+    Proprioception is scaled by the demonstrations, actions by the environment's own limits.
+    """
     tokenizer = word_tokenizer([*VOCABULARY, *["in", ":", "out"]])
     text = -(-tokenizer.get_vocab_size() // 64) * 64
-    codec = _codec_config(data)
+    codec = ActionCodecConfig(
+        q01=tuple(map(float, ACTION_LOW)),
+        q99=tuple(map(float, ACTION_HIGH)),
+        mask=(True,) * len(ACTION_LOW),
+    )
     config = BundleConfig(
         architecture=ArchitectureConfig(
             towers=(model.tower,),
@@ -136,17 +137,3 @@ def new_trainable(model: ModelConfig, data: Demonstrations, device: torch.device
         dtype="float32",
     )
     return Trainable(build_model(config).to(device), config, tokenizer, None)
-
-
-def _codec_config(data: Demonstrations) -> ActionCodecConfig:
-    """OpenVLA's quantiles, but at least a tenth of a degree or millimetre a step wide.
-
-    The gripper's are 0 and 1.
-    """
-    low, high = np.quantile(data.actions, [0.01, 0.99], axis=0)
-    middle, half = (low + high) / 2, np.maximum((high - low) / 2, 2e-3)
-    low, high = middle - half, middle + half
-    low[-1], high[-1] = 0.0, 1.0
-    return ActionCodecConfig(
-        q01=tuple(low.tolist()), q99=tuple(high.tolist()), mask=(True,) * data.actions.shape[1]
-    )

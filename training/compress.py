@@ -15,22 +15,22 @@ is there is done, what is not is made. Inside a stage, training goes on from its
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.vla.bundle import Bundle, open_bundle
+from rlrc_ros.vla.inspection import inspect
 from training import prune, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
 from training.common import pick_device, seed_everything
 from training.config import CompressConfig
 from training.data.collect import collect_demonstrations
 from training.data.demonstrations import read
-from training.evaluate import Evaluation, evaluate, summarise
+from training.evaluate import EpisodeResult, Evaluation, evaluate, summarise
 
 Say = Callable[[str], None]
 
@@ -56,42 +56,39 @@ class Pipeline:
         """Note the configuration, or check that it is the one this directory was made with."""
         file, text = self.out / "config.json", json.dumps(asdict(self.config), indent=1)
         if not file.exists():
-            partial = file.with_suffix(".partial")
-            partial.write_text(text)
-            os.replace(partial, file)
+            partial_file = file.with_suffix(".partial")
+            partial_file.write_text(text)
+            partial_file.replace(file)
         elif file.read_text() != text:
             raise UserError(
                 f"{self.out}: holds a run of another configuration; name another directory, or "
                 "delete it"
             )
 
-    def run(self) -> dict[str, Any]:
-        """Make what is missing; returns what `summary.json` holds."""
+    def run(self, evaluate_too: bool = True) -> dict[str, Any]:
+        """Make what is missing; returns what `summary.json` holds.
+
+        evaluate_too: False leaves evaluation to a later run, perhaps on another machine.
+        """
         config = self.config
-        self._demonstrations()
-        self._bundle("original", None, self._sft_original, dtype="bfloat16")
+        self.say(
+            f"demonstrations: {config.demonstrations.episodes} episodes of the scripted expert"
+        )
+        collect_demonstrations(self.out / "demonstrations", config.demonstrations)
+        self._bundle("original", None, self._sft_original)
         self._bundle("pruned", "original", self._prune)
         self._bundle("recovered", "pruned", self._recover)
         for seed in config.rl.seeds:
-            self._bundle(
-                f"rl-seed-{seed}", "recovered", lambda trainable, s=seed: self._rl(trainable, s)
-            )
-        first = f"rl-seed-{config.rl.seeds[0]}"
-        self._bundle(
-            "compressed", first, lambda t: quantize.run(config.quantize, t), dtype="bfloat16"
-        )
-        return self._summary()
+            self._bundle(f"rl-seed-{seed}", "recovered", partial(self._rl, seed=seed))
+        quantized = partial(quantize.run, config.quantize)
+        self._bundle("compressed", f"rl-seed-{config.rl.seeds[0]}", quantized)
+        return self._summary(evaluate_too)
 
     @property
     def bundles(self) -> list[str]:
         """Names of the bundles, in the order they are made."""
         seeds = [f"rl-seed-{seed}" for seed in self.config.rl.seeds]
         return ["original", "pruned", "recovered", *seeds, "compressed"]
-
-    def _demonstrations(self) -> None:
-        place, config = self.out / "demonstrations", self.config.demonstrations
-        self.say(f"demonstrations: {config.episodes} episodes of the scripted expert")
-        collect_demonstrations(place, config)
 
     def _data(self, *stages: str) -> list[Path]:
         """The demonstrations, and the corrections that some stages collected."""
@@ -101,27 +98,23 @@ class Pipeline:
         return [self.out / "demonstrations", *corrections]
 
     def _bundle(
-        self,
-        name: str,
-        parent: str | None,
-        stage: Callable[[Trainable], dict[str, Any]],
-        dtype: Any = "float32",
+        self, name: str, parent: str | None, stage: Callable[[Trainable], dict[str, Any]]
     ) -> None:
-        """Make one bundle and evaluate it, whichever of the two is missing."""
+        """Make one bundle, unless it is there."""
         place = self.out / name
-        if not place.exists():
-            self.say(f"{name}: {'from ' + parent if parent else 'a new policy'}, on {self.device}")
-            seed_everything(self.config.seed)
-            if parent:
-                trainable = load_trainable(self.out / parent, self.device)
-            else:
-                trainable = new_trainable(self.config.model, read(self._data()), self.device)
-            facts = stage(trainable)
-            trainable.save(place, name, dtype, **facts)
-            shutil.rmtree(self.out / "work" / name / "checkpoint", ignore_errors=True)
-        self._evaluate(name)
+        if place.exists():
+            return
+        self.say(f"{name}: {'from ' + parent if parent else 'a new policy'}, on {self.device}")
+        seed_everything(self.config.seed)
+        if parent:
+            trainable = load_trainable(self.out / parent, self.device)
+        else:
+            trainable = new_trainable(self.config.model, read(self._data()), self.device)
+        facts = stage(trainable)
+        trainable.save(place, name, **facts)
+        shutil.rmtree(self.out / "work" / name / "checkpoint", ignore_errors=True)
 
-    def _evaluate(self, name: str) -> list[Any]:
+    def _evaluate(self, name: str) -> list[EpisodeResult]:
         config = self.config.evaluate
         task = Evaluation(policy=self.out / name, episodes=config.episodes, seed=config.first_seed)
         return evaluate(task, str(self.device), log=self.out / "evaluation" / f"{name}.jsonl")
@@ -153,35 +146,26 @@ class Pipeline:
         )
 
     def _rl(self, trainable: Trainable, seed: int) -> dict[str, Any]:
-        data, work = self._data("original", "recovered"), self.out / "work" / f"rl-seed-{seed}"
         return rl.run(
             self.config.rl,
             trainable,
-            data,
+            self._data("original", "recovered"),
             seed=seed,
             device=self.device,
-            work=work,
+            work=self.out / "work" / f"rl-seed-{seed}",
             latency=self._latency,
         )
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self, evaluate_too: bool) -> dict[str, Any]:
         stages = []
         for name in self.bundles:
-            bundle = open_bundle(self.out / name)
-            stages.append(
-                {
-                    "name": name,
-                    "hash": bundle.hash,
-                    **_sizes(bundle),
-                    **summarise(self._evaluate(name)),
-                }
-            )
+            stage = inspect(self.out / name)
+            if evaluate_too:
+                self.say(f"evaluation of {name}")
+                stage |= summarise(self._evaluate(name))
+            stages.append(stage)
         summary = {"stages": stages}
-        partial = self.out / "summary.partial"
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
-        os.replace(partial, self.out / "summary.json")
+        partial_file = self.out / "summary.partial"
+        partial_file.write_text(json.dumps(summary, indent=1) + "\n")
+        partial_file.replace(self.out / "summary.json")
         return summary
-
-
-def _sizes(bundle: Bundle) -> dict[str, Any]:
-    return {"bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir())}

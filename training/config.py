@@ -86,6 +86,10 @@ class SftConfig:
 
     0 keeps the last weights.
     """
+    label_width: float = 0.0
+    """Standard deviation, in bins, of the target about the right bin; 0 is plain cross-entropy."""
+    grounding: float = 0.0
+    """Weight of the grounding loss, see `training.sft.GroundingHead`."""
     brightness: float = 0.15
     """Images are brightened and their contrast changed by up to this share."""
     corrections: tuple[CorrectionsConfig, ...] = ()

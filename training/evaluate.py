@@ -22,10 +22,14 @@ import numpy as np
 from tqdm import tqdm
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.trials.statistics import clopper_pearson
+from rlrc_ros.trials.statistics import clopper_pearson, paired_difference
 from training.common import cpu_count, pick_device
 from training.envs.tabletop import SeededTabletop
 from training.envs.vector import make_vector
+from training.rollout import Actor, roll
+
+ENVIRONMENTS = 128
+"""Side by side on a GPU: a step's fixed cost is shared by them."""
 
 
 @dataclass(frozen=True)
@@ -159,56 +163,37 @@ def _on_gpu(task: Evaluation, seeds: list[int], workers: int | None) -> Iterator
     from rlrc_ros.vla.bundle import open_bundle
     from rlrc_ros.vla.policy import load_model
     from rlrc_ros.vla.processor import Processor
-    from training.common import compute_dtype
-    from training.rollout import Actor
 
     device = pick_device("cuda")
     bundle = open_bundle(task.policy)
     actor = Actor(
-        load_model(bundle, device, compute_dtype(device)),
+        load_model(bundle, device),
         Processor(bundle.config, bundle.tokenizer()),
         ActionCodec(bundle.config.action_codec),
         device,
+        min(workers or ENVIRONMENTS, max(1, len(seeds))),
     )
-    yield from batched_episodes(
-        actor, seeds, workers or 4 * cpu_count(), task.latency, task.swap_instruction
-    )
+    yield from batched_episodes(actor, seeds, task.latency, task.swap_instruction)
 
 
 def batched_episodes(
-    actor: Any,
-    seeds: list[int],
-    environments: int,
-    latency: tuple[float, float],
-    swap_instruction: bool = False,
+    actor: Actor, seeds: list[int], latency: tuple[float, float], swap_instruction: bool = False
 ) -> Iterator[EpisodeResult]:
     """One policy for all environments, a batch a step."""
-    count = min(environments, max(1, len(seeds)))
     venv = make_vector(
         lambda i, n: seeds[i::n],
-        count,
-        in_process=count == 1,
+        actor.environments,
         latency=latency,
         swap_instruction=swap_instruction,
     )
-    try:
-        seen = venv.reset()
-        told: list[dict[str, Any]] = list(venv.reset_infos)
-        steps = np.zeros(count, int)
-        while not all(info["exhausted"] for info in told):
-            before = told
-            seen, _, dones, infos = venv.step(actor.act(seen))
-            told = [venv.reset_infos[i] if dones[i] else infos[i] for i in range(count)]
-            steps += 1
-            for i in np.flatnonzero(dones):
-                if not before[i]["exhausted"]:
-                    facts = {
-                        key: infos[i][key] for key in ("seed", "family", "instruction", "success")
-                    }
-                    yield EpisodeResult(**facts, steps=int(steps[i]))
-                steps[i] = 0
-    finally:
-        venv.close()
+    steps = np.zeros(actor.environments, int)
+    for step in roll(actor, venv):
+        steps += 1
+        for i in step.ended:
+            told = step.infos[i]
+            facts = {key: told[key] for key in ("seed", "family", "instruction", "success")}
+            yield EpisodeResult(**facts, steps=int(steps[i]))
+            steps[i] = 0
 
 
 def summarise(results: Iterable[EpisodeResult]) -> dict[str, Any]:
@@ -234,4 +219,21 @@ def _rate(results: list[EpisodeResult]) -> dict[str, Any]:
         "ci95": [interval.low, interval.high],
         "successes": successes,
         "episodes": len(results),
+    }
+
+
+def compare(results: list[EpisodeResult], other: list[EpisodeResult]) -> dict[str, Any]:
+    """First minus second on the same scenes: the paired difference with Tango's 95% interval."""
+    both = sum(a.success and b.success for a, b in zip(results, other, strict=True))
+    first = sum(a.success for a in results) - both
+    second = sum(b.success for b in other) - both
+    neither = len(results) - both - first - second
+    found = paired_difference(both, second, first, neither)
+    return {
+        "difference": found.estimate,
+        "ci95": [found.interval.low, found.interval.high],
+        "both": both,
+        "first_only": first,
+        "second_only": second,
+        "neither": neither,
     }

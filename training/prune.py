@@ -105,8 +105,7 @@ def accumulate_gradients(model: OpenVLA, batches: DemonstrationBatches, samples:
     model.zero_grad(set_to_none=True)
     size = min(64, samples)
     for _ in range(max(1, samples // size)):
-        loss, _ = bc_loss(model, *batches.sample(size))
-        loss.backward()
+        bc_loss(model, batches.sample(size)).backward()
 
 
 def score_layers(model: OpenVLA, importance: str) -> list[float]:
@@ -190,7 +189,7 @@ def _cut_heads(attention: Any, target: LayerWidths, importance: str) -> None:
     # Rows of q, k and v, and columns of o, belong to the heads.
     weights = [_weight_importance(m.weight, importance) for m in (q, k, v)]
     weights.append(_weight_importance(o.weight, importance).T)
-    scores = sum(weight.reshape(kv_heads, -1).sum(1) for weight in weights)
+    scores = torch.stack([weight.reshape(kv_heads, -1).sum(1) for weight in weights]).sum(0)
     drop = _lowest(scores, kv_heads - target.kv_heads)
     if not drop:
         return

@@ -47,7 +47,7 @@ from training.common import (
 from training.config import RlConfig
 from training.data.demonstrations import read
 from training.envs.vector import make_vector
-from training.rollout import Batcher
+from training.rollout import Batcher, Decoder
 from training.sft import DemonstrationBatches, bc_loss
 
 
@@ -77,11 +77,12 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
+        last = nn.Linear(128, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.layers = nn.Sequential(
-            nn.Linear(hidden, 512), nn.SiLU(), nn.Linear(512, 128), nn.SiLU(), nn.Linear(128, 1)
+            nn.Linear(hidden, 512), nn.SiLU(), nn.Linear(512, 128), nn.SiLU(), last
         )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, state: Tensor) -> Tensor:
         """The value of each state."""
@@ -96,6 +97,7 @@ class TokenPolicy(ActorCriticPolicy):
         action_space: MultiDiscrete over the action's tokens.
         lr_schedule: the actor's learning rate.
         model: the policy to train, on its device.
+        decoder: the same model, for rollouts.
         batcher: observations to the model's inputs.
         value_learning_rate: the value head's.
         temperature: at which actions are sampled and log-probabilities taken.
@@ -108,20 +110,26 @@ class TokenPolicy(ActorCriticPolicy):
         lr_schedule: Callable[[float], float],
         *,
         model: OpenVLA,
+        decoder: Decoder,
         batcher: Batcher,
         value_learning_rate: float,
         temperature: float,
         **kwargs: Any,
     ) -> None:
-        self._vla, self._batcher = (
-            [model],
-            batcher,
-        )  # in a list: not registered before super().__init__
+        # In a tuple: modules cannot be registered before super().__init__.
+        self._vla = (model,)
+        self._batcher = batcher
+        self._decoder = (decoder,)
         self._value_learning_rate, self.temperature = value_learning_rate, temperature
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
+    @property
+    def decoder(self) -> Decoder:
+        """The model as rollouts use it."""
+        return self._decoder[0]
+
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
-        self.model = self._vla.pop()
+        self.model = self._vla[0]
         self.value_head = ValueHead(self.model.config.decoder.hidden_size)
         self.optimizer = torch.optim.AdamW(
             [
@@ -134,11 +142,11 @@ class TokenPolicy(ActorCriticPolicy):
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Sample: bins (B, D), values (B,), log-probabilities (B,)."""
         temperature = 0.0 if deterministic else self.temperature
-        bins, log_probability, state = self.model.generate(self._inputs(obs), temperature)
+        bins, log_probability, state = self.decoder(self._inputs(obs), temperature)
         return bins, self.value_head(state), log_probability
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, log-probabilities and entropies (summed over the tokens) of given bins, each (B,)."""  # FIXLEN
+        """Values, log-probabilities and entropies of given bins, (B,), summed over tokens."""
         bins = actions.long()
         logits, state = self.model(self._inputs(obs), bins)
         log_p = (logits.float() / self.temperature).log_softmax(-1)
@@ -193,7 +201,9 @@ class RecoveryPPO(PPO):
         for i in range(env.num_envs):
             start = first + (self.update_number * env.num_envs + i) * 100
             env.env_method("set_seeds", range(start, start + 100), indices=i)
-        self._last_obs = env.reset()
+        assert isinstance(self.policy, TokenPolicy)
+        self.policy.decoder.refresh()
+        self._last_obs = env.reset()  # type: ignore[assignment]
         self._last_episode_starts = np.ones(env.num_envs, bool)
         going = super().collect_rollouts(env, *args, **kwargs)
         self._rolled_out = time.perf_counter()
@@ -231,7 +241,7 @@ class RecoveryPPO(PPO):
                 loss = value_loss if warming else policy_loss + value_loss
                 bc = torch.zeros(())
                 if config.bc_coefficient and not warming:
-                    bc, _ = bc_loss(policy.model, *self.demonstrations.sample(config.bc_batch))
+                    bc = bc_loss(policy.model, self.demonstrations.sample(config.bc_batch))
                     loss = loss + config.bc_coefficient * bc
                 policy.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -284,7 +294,8 @@ class RecoveryPPO(PPO):
         """Write everything the next update depends on."""
         tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         tensors |= optimizer_tensors(self.policy.optimizer) | rng_tensors(self.device)
-        keys, *rest = np.random.get_state(legacy=True)[1:]  # noqa: NPY002 the buffer shuffles with it
+        # The rollout buffer shuffles with NumPy's global generator.
+        _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
         tensors["rng.numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
         facts = {"update": self.update_number, "timesteps": self.num_timesteps, "rng": rest}
         save_checkpoint(self.work / "checkpoint", tensors, facts)
@@ -333,12 +344,8 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     processor, codec = trainable.processor, trainable.codec
     began = time.perf_counter()
-    venv = make_vector(
-        lambda i, n: range(0),
-        config.environments,
-        in_process=config.environments == 1,
-        latency=latency,
-    )
+    # Each update gives every environment its scenes.
+    venv = make_vector(lambda *_: range(0), config.environments, latency=latency)
     algorithm = RecoveryPPO(
         TokenPolicy,
         TokenActions(venv, codec),
@@ -347,6 +354,7 @@ def run(
         work,
         policy_kwargs={
             "model": trainable.model,
+            "decoder": Decoder(trainable.model, config.environments),
             "batcher": Batcher(processor, device),
             "value_learning_rate": config.value_learning_rate,
             "temperature": config.temperature,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.engine import Unrolled
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.processor import Processor
-from training.common import compute_dtype
 from training.envs.tabletop import decode_text
 
 
@@ -21,48 +24,145 @@ class Batcher:
 
     def __init__(self, processor: Processor, device: torch.device) -> None:
         self._processor, self._device = processor, device
-        self._ids: dict[bytes, list[int]] = {}
 
-    def __call__(self, observation: dict[str, NDArray[Any] | Tensor]) -> Inputs:
-        """From `image` (B, H, W, 3) uint8, `proprioception` (B, P), `instruction` (B, TEXT_BYTES)."""  # FIXLEN
-        return self.inputs(
-            torch.as_tensor(observation["image"]).to(self._device, non_blocking=True),
-            torch.as_tensor(observation["proprioception"]).to(self._device, non_blocking=True),
-            [
-                decode_text(row)
-                for row in np.asarray(torch.as_tensor(observation["instruction"]).cpu())
-            ],
-        )
+    def __call__(self, observation: dict[str, Any]) -> Inputs:
+        """From `image` (B, H, W, 3) uint8, `proprioception` (B, P), `instruction` (B, TEXT_BYTES).
 
-    def inputs(self, images: Tensor, proprioception: Tensor, instructions: list[str]) -> Inputs:
-        """From tensors on the device, and as many instructions."""
-        ids, mask = self._processor.batch_token_ids(instructions)
+        Arrays or tensors.
+        """
+        processor, device = self._processor, self._device
+        rows = torch.as_tensor(observation["instruction"]).cpu().numpy()
+        ids, mask = processor.batch_token_ids([decode_text(row) for row in rows])
+        proprioception = torch.as_tensor(observation["proprioception"]).to(device)
         return Inputs(
-            ids.to(self._device),
-            None if mask is None else mask.to(self._device),
-            self._processor.pixel_values(images),
-            self._processor.normalise_proprioception(proprioception)
-            if self._processor.config.proprioception
-            else None,
+            ids.to(device),
+            None if mask is None else mask.to(device),
+            processor.pixel_values(torch.as_tensor(observation["image"]).to(device)),
+            processor.normalise_proprioception(proprioception),
         )
+
+
+class Decoder:
+    """`OpenVLA.generate` for many rollouts with one model: fused, and on a GPU one CUDA graph.
+
+    Args:
+        model: may be trained between rollouts; call `refresh` then.
+        batch: observations at a time, always that many.
+    """
+
+    def __init__(self, model: OpenVLA, batch: int) -> None:
+        self._model, self._batch = model, batch
+        self._unrolled = Unrolled(model, batch)
+        self._graphs: dict[tuple[int, float], _Graph] = {}
+
+    def refresh(self) -> None:
+        """Take over the weights that the model has by now."""
+        self._unrolled.refresh()
+
+    @torch.no_grad()
+    def __call__(self, inputs: Inputs, temperature: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Bins (B, action_tokens), log-probabilities (B,), states (B, hidden)."""
+        if inputs.attention_mask is not None:  # prompts of different lengths
+            return self._model.generate(inputs, temperature)
+        shape = (self._batch, self._model.action_tokens, self._model.n_bins)
+        noise = torch.empty(shape, device=inputs.pixel_values.device)
+        if temperature:
+            noise.exponential_().log_().neg_()  # standard Gumbel
+        # A compiled training step must not be compiled anew for this shape.
+        with torch.compiler.set_stance("force_eager"):
+            if inputs.pixel_values.device.type != "cuda":
+                return self._unrolled(inputs, temperature, noise if temperature else None)
+            key = (inputs.input_ids.shape[1], temperature)
+            if key not in self._graphs:
+                self._graphs[key] = _Graph(self._unrolled, inputs, temperature, noise)
+            return self._graphs[key](inputs, noise)
+
+
+class _Graph:
+    """One captured decode; inputs are copied into the tensors it was captured with."""
+
+    def __init__(
+        self, unrolled: Unrolled, inputs: Inputs, temperature: float, noise: Tensor
+    ) -> None:
+        self._inputs = Inputs(
+            inputs.input_ids.clone(),
+            None,
+            inputs.pixel_values.clone(),
+            None if inputs.proprioception is None else inputs.proprioception.clone(),
+        )
+        self._noise = noise.clone() if temperature else None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                unrolled(self._inputs, temperature, self._noise)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._out = unrolled(self._inputs, temperature, self._noise)
+
+    def __call__(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._inputs.input_ids.copy_(inputs.input_ids)
+        self._inputs.pixel_values.copy_(inputs.pixel_values)
+        if self._inputs.proprioception is not None and inputs.proprioception is not None:
+            self._inputs.proprioception.copy_(inputs.proprioception)
+        if self._noise is not None:
+            self._noise.copy_(noise)
+        self._graph.replay()
+        bins, log_probability, states = self._out
+        return bins.clone(), log_probability.clone(), states.clone()
 
 
 class Actor:
-    """Acts greedily in many environments.
-
-    Weights may be in training, arithmetic is the device's.
-    """
+    """Acts greedily in a fixed number of environments, in float32."""
 
     def __init__(
-        self, model: OpenVLA, processor: Processor, codec: ActionCodec, device: torch.device
+        self,
+        model: OpenVLA,
+        processor: Processor,
+        codec: ActionCodec,
+        device: torch.device,
+        environments: int,
     ) -> None:
-        self._model, self._codec, self._device = model, codec, device
+        self.environments = environments
+        self._decoder, self._codec = Decoder(model, environments), codec
         self._batch = Batcher(processor, device)
 
-    @torch.no_grad()
     def act(self, observation: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
         """(B, D) actions."""
-        dtype = compute_dtype(self._device)
-        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
-            bins = self._model.generate(self._batch(observation))[0]
-        return self._codec.decode(bins.cpu().numpy())
+        return self._codec.decode(self._decoder(self._batch(observation))[0].cpu().numpy())
+
+
+@dataclass
+class Step:
+    """One step of all environments.
+
+    Attributes:
+        observation: what was seen before it.
+        told: the environments' infos that came with that.
+        active: environments whose episode counts; the others have used up their seeds.
+        ended: environments whose episode this step ended, among the active ones.
+        infos: what each environment told after it.
+    """
+
+    observation: dict[str, NDArray[Any]]
+    told: list[dict[str, Any]]
+    active: NDArray[np.int64]
+    ended: NDArray[np.int64]
+    infos: list[dict[str, Any]]
+
+
+def roll(actor: Actor, venv: VecEnv) -> Iterator[Step]:
+    """Act until every environment has used up its seeds; closes the environments at the end."""
+    try:
+        observation: Any = venv.reset()
+        told: list[dict[str, Any]] = list(venv.reset_infos)
+        while not all(info["exhausted"] for info in told):
+            following, _, dones, infos = venv.step(actor.act(observation))
+            active = np.array([not info["exhausted"] for info in told])
+            ended = np.flatnonzero(dones & active)
+            yield Step(observation, told, np.flatnonzero(active), ended, infos)
+            told = [venv.reset_infos[i] if done else infos[i] for i, done in enumerate(dones)]
+            observation = following
+    finally:
+        venv.close()

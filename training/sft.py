@@ -1,7 +1,7 @@
 """Supervised fine-tuning on action tokens: makes the original policy, and recovers a pruned one.
 
-    rlrc sft CONFIG --demonstrations DIR --out BUNDLE                       a new policy
-    rlrc sft CONFIG --demonstrations DIR --out BUNDLE --policy PRUNED       recover one
+    rlrc sft CONFIG --demonstrations DIR --out BUNDLE                     a new policy
+    rlrc sft CONFIG --demonstrations DIR --out BUNDLE --policy PRUNED     recover one
 
 Cross-entropy on the action's tokens, as OpenVLA is trained. On the way the policy may act itself
 while the scripted expert says what it would have done (DAgger); those episodes join the
@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rlrc_ros.vla.action_codec import ActionCodec
@@ -45,137 +45,233 @@ from training.data.demonstrations import Demonstrations, read
 from training.rollout import Actor
 
 
+@dataclass
+class Batch:
+    """Steps of demonstrations.
+
+    Attributes:
+        inputs: what the policy sees.
+        bins: (B, D) the action's tokens.
+        grounding: (B, G) positions in m, NaN where they are not known.
+    """
+
+    inputs: Inputs
+    bins: Tensor
+    grounding: Tensor
+
+
 class DemonstrationBatches:
     """Random batches of demonstration steps, kept on the device."""
 
     def __init__(
         self, data: Demonstrations, processor: Processor, codec: ActionCodec, device: torch.device
     ) -> None:
-        self._processor = processor
+        self._processor, self._device = processor, device
         self._images = torch.from_numpy(data.images).to(device)
         self._proprioception = torch.from_numpy(data.proprioception).to(device)
         self._bins = torch.from_numpy(codec.encode(data.actions.astype(np.float64))).to(device)
+        self._grounding = torch.from_numpy(data.grounding).to(device)
         self._prompts = torch.from_numpy(data.prompts).to(device)
         ids, mask = processor.batch_token_ids(data.instructions)
         self._ids, self._mask = ids.to(device), None if mask is None else mask.to(device)
-        self._device = device
 
-    def sample(self, size: int, brightness: float = 0.0) -> tuple[Inputs, Tensor]:
-        """`size` steps drawn with torch's global generator: inputs, and (size, D) bins.
+    @property
+    def grounding_size(self) -> int:
+        """How many grounding values a step has."""
+        return self._grounding.shape[1]
+
+    def sample(self, size: int, brightness: float = 0.0) -> Batch:
+        """`size` steps, drawn with torch's global generator.
 
         brightness: each image is scaled by up to this share, and its contrast about its mean too.
         """
         rows = torch.randint(len(self._bins), (size,)).to(self._device)
         prompts = self._prompts[rows]
+        pixels = self._processor.pixel_values(self._images[rows])
+        if brightness:
+            change = 1 + brightness * (2 * torch.rand(2, size, 1, 1, 1) - 1)
+            gain, contrast = change.to(self._device)
+            mean = pixels.mean((2, 3), keepdim=True)
+            pixels = mean * gain + (pixels - mean) * contrast
         inputs = Inputs(
             self._ids[prompts],
             None if self._mask is None else self._mask[prompts],
-            self._processor.pixel_values(self._images[rows]),
+            pixels,
             self._processor.normalise_proprioception(self._proprioception[rows]),
         )
-        if brightness:
-            gain, contrast = 1 + brightness * (2 * torch.rand(2, size, 1, 1, 1) - 1).to(
-                self._device
-            )
-            pixels = inputs.pixel_values
-            mean = pixels.mean((2, 3), keepdim=True)
-            inputs.pixel_values = mean * gain + (pixels - mean) * contrast
-        return inputs, self._bins[rows]
+        return Batch(inputs, self._bins[rows], self._grounding[rows])
 
 
-def bc_loss(model: OpenVLA, inputs: Inputs, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over every action token, and the share of tokens that are right."""
-    logits, _ = model(inputs, bins)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), bins.flatten())
-    return loss, (logits.argmax(-1) == bins).float().mean()
+def bc_loss(model: OpenVLA, batch: Batch) -> Tensor:
+    """Cross-entropy over every action token."""
+    logits, _ = model(batch.inputs, batch.bins)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.bins.flatten())
 
 
-def train(
-    model: OpenVLA,
-    batches: DemonstrationBatches,
-    config: SftConfig,
-    device: torch.device,
-    work: Path,
-    rebuild: Callable[[int, OpenVLA], DemonstrationBatches] | None = None,
-) -> dict[str, float]:
-    """Train in place, resuming from `work` where an earlier run was killed; returns the last
-    metrics.
+class GroundingHead(nn.Linear):
+    """Reads from the policy's state where the things are that the instruction speaks of.
+
+    A second loss on the way to the first: a policy that trains from nothing otherwise has to find
+    out from actions alone what the words mean. No part of the policy; thrown away after training.
+    """
+
+    SCALE = 0.1
+    """m; errors of this size weigh 1."""
+
+    def loss(self, state: Tensor, grounding: Tensor) -> Tensor:
+        """Huber loss over what is known: (B, hidden), (B, G) -> scalar."""
+        error = self(state) - grounding.nan_to_num() / self.SCALE
+        loss = F.huber_loss(error, torch.zeros_like(error), reduction="none")
+        return (loss * grounding.isfinite()).mean()
+
+
+@dataclass
+class Losses:
+    """What a batch gave: the loss to minimise, and two numbers to watch."""
+
+    total: Tensor
+    token_accuracy: Tensor
+    grounding: Tensor
+
+
+def sft_losses(model: OpenVLA, head: GroundingHead, batch: Batch, config: SftConfig) -> Losses:
+    """Cross-entropy, softened if the configuration says so, and the weighted grounding loss."""
+    logits, state = model(batch.inputs, batch.bins)
+    flat, bins = logits.flatten(0, 1).float(), batch.bins.flatten()
+    targets = bins
+    if config.label_width:
+        distance = torch.arange(flat.shape[1], device=flat.device) - bins[:, None]
+        targets = (-0.5 * (distance / config.label_width) ** 2).softmax(-1)
+    grounding = head.loss(state, batch.grounding)
+    return Losses(
+        F.cross_entropy(flat, targets) + config.grounding * grounding,
+        (flat.argmax(-1) == bins).float().mean(),
+        grounding,
+    )
+
+
+class Trainer:
+    """One run of SFT, resumable exactly: what it depends on is in its checkpoint.
 
     Args:
-        model: on the device; ends with the averaged weights.
+        model: trained in place, on the device; ends with the averaged weights.
         batches: the demonstrations.
         config: how.
         device: where.
         work: directory for the log (`log.csv`) and the checkpoint.
-        rebuild: called with the index of a corrections round and the averaged policy when that
-            round is due; returns the batches to go on with. Must return at once if the round was
-            collected before.
+        rebuild: called with the number of a corrections round and the averaged policy when that
+            round is due; returns the batches to go on with. Must return at once where the round
+            was collected before.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    start = 0
-    if saved := load_checkpoint(work / "checkpoint"):
-        tensors, facts = saved
-        start = facts["step"]
-        model.load_state_dict(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+
+    def __init__(
+        self,
+        model: OpenVLA,
+        batches: DemonstrationBatches,
+        config: SftConfig,
+        device: torch.device,
+        work: Path,
+        rebuild: Callable[[int, OpenVLA], DemonstrationBatches] | None = None,
+    ) -> None:
+        self._model, self._batches, self._config, self._device = model, batches, config, device
+        self._work, self._rebuild = work, rebuild
+        self._head = GroundingHead(
+            model.config.decoder.hidden_size, batches.grounding_size, device=device
         )
-        average = {
-            k.removeprefix("average."): v.to(device)
-            for k, v in tensors.items()
-            if k.startswith("average.")
-        }
-        restore_optimizer(optimizer, tensors)
-        restore_rng(tensors, device)
-    log = MetricsLog(work / "log.csv", start)
-    dtype = compute_dtype(device)
-    metrics: dict[str, float] = {}
-    began, sums = time.perf_counter(), torch.zeros(2, device=device)
-    every = max(1, config.steps // 100)
-    model.train()
-    for step in tqdm(
-        range(start, config.steps), desc="sft", initial=start, total=config.steps, unit="step"
-    ):
-        for number, corrections in enumerate(config.corrections):
-            if rebuild and (step == corrections.at_step or corrections.at_step < step == start):
-                current = {name: value.clone() for name, value in model.state_dict().items()}
-                model.load_state_dict(average)
-                batches = rebuild(number, model.eval())
-                model.load_state_dict(current)
-                model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, config)
-        inputs, bins = batches.sample(config.batch_size, config.brightness)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, accuracy = bc_loss(model, inputs, bins)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(config.average, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - decay)
-        sums += torch.stack([loss.detach(), accuracy])
-        if (step + 1) % every == 0:
-            loss_mean, accuracy_mean = (sums / every).tolist()
-            rate = every * config.batch_size / (time.perf_counter() - began)
-            metrics = {"loss": loss_mean, "token_accuracy": accuracy_mean, "samples_per_s": rate}
-            log.write(step=step, **metrics)
-            began, sums = time.perf_counter(), torch.zeros(2, device=device)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-            tensors |= {f"average.{k}": v for k, v in average.items()}
-            tensors |= optimizer_tensors(optimizer) | rng_tensors(device)
-            save_checkpoint(work / "checkpoint", tensors, {"step": step + 1})
-    model.load_state_dict(average)
-    model.eval()
-    return metrics
+        self._learnt = nn.ModuleDict({"model": model, "head": self._head})
+        self._optimizer = torch.optim.AdamW(
+            self._learnt.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.95),
+            fused=device.type == "cuda",
+        )
+        self._average = {name: value.clone() for name, value in model.state_dict().items()}
+        self._step = 0
+        work.mkdir(parents=True, exist_ok=True)
+        self._restore()
+        self._log = MetricsLog(work / "log.csv", self._step)
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; returns the last metrics."""
+        config, model, device = self._config, self._model, self._device
+        if device.type == "cuda":
+            # Layer by layer: the same few kernels serve all, and compiling takes seconds.
+            tower = model.vision_backbone.featurizer
+            for block in (*tower.blocks, *model.language_model.model.layers):
+                block.compile(dynamic=False)
+        every = max(1, config.steps // 100)
+        metrics: dict[str, float] = {}
+        began, sums = time.perf_counter(), torch.zeros(3, device=device)
+        model.train()
+        first = self._step
+        steps = range(first, config.steps)
+        for self._step in tqdm(steps, "sft", initial=first, total=config.steps, unit="step"):
+            self._correct(first)
+            losses = self._update()
+            sums += torch.stack([losses.total, losses.token_accuracy, losses.grounding]).detach()
+            if (self._step + 1) % every == 0:
+                names = ("loss", "token_accuracy", "grounding_loss")
+                metrics = dict(zip(names, (sums / every).tolist(), strict=True))
+                elapsed = time.perf_counter() - began
+                metrics["samples_per_s"] = every * config.batch_size / elapsed
+                self._log.write(step=self._step, **metrics)
+                began, sums = time.perf_counter(), torch.zeros_like(sums)
+            if (self._step + 1) % config.checkpoint_every == 0:
+                self._save()
+        model.load_state_dict(self._average)
+        model.eval()
+        return metrics
+
+    def _update(self) -> Losses:
+        config = self._config
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * schedule(self._step, config)
+        batch = self._batches.sample(config.batch_size, config.brightness)
+        dtype = compute_dtype(self._device)
+        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
+            losses = sft_losses(self._model, self._head, batch, config)
+        losses.total.backward()
+        nn.utils.clip_grad_norm_(self._learnt.parameters(), config.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        # Early on the average follows faster, or it would remember the initial weights.
+        decay = min(config.average, (1 + self._step) / (10 + self._step))
+        current = list(self._model.state_dict().values())
+        torch._foreach_lerp_(list(self._average.values()), current, 1 - decay)
+        return losses
+
+    def _correct(self, first: int) -> None:
+        """Collect a corrections round if it is due; after a resume, take up the earlier ones."""
+        for number, corrections in enumerate(self._config.corrections):
+            due = corrections.at_step
+            if self._rebuild and (self._step == due or due < self._step == first):
+                current = {k: v.clone() for k, v in self._model.state_dict().items()}
+                self._model.load_state_dict(self._average)
+                self._batches = self._rebuild(number, self._model.eval())
+                self._model.load_state_dict(current)
+                self._model.train()
+
+    def _save(self) -> None:
+        tensors = {f"learnt.{k}": v for k, v in self._learnt.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self._average.items()}
+        tensors |= optimizer_tensors(self._optimizer) | rng_tensors(self._device)
+        save_checkpoint(self._work / "checkpoint", tensors, {"step": self._step + 1})
+
+    def _restore(self) -> None:
+        saved = load_checkpoint(self._work / "checkpoint")
+        if not saved:
+            return
+        tensors, facts = saved
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self._learnt.load_state_dict(part("learnt."))
+        self._average = {k: v.to(self._device) for k, v in part("average.").items()}
+        restore_optimizer(self._optimizer, tensors)
+        restore_rng(tensors, self._device)
+        self._step = facts["step"]
 
 
 def schedule(step: int, config: SftConfig) -> float:
@@ -196,9 +292,9 @@ def run(
     work: Path,
     latency: tuple[float, float],
 ) -> dict[str, Any]:
-    """Train on demonstrations and the corrections collected on the way; returns the stage's facts.
+    """Train on demonstrations and the corrections collected on the way.
 
-    Corrections go to `work/corrections-N`.
+    Corrections go to `work/corrections-N`. Returns the stage's facts.
     """
     seed_everything(seed)
     processor, codec = trainable.processor, trainable.codec
@@ -210,13 +306,11 @@ def run(
     def rebuild(number: int, model: OpenVLA) -> DemonstrationBatches:
         place, wanted = work / f"corrections-{number}", config.corrections[number]
         if not place.exists():
-            environments = min(wanted.episodes, 4 * cpu_count())
-            actor = Actor(model, processor, codec, device)
-            collect_corrections(
-                place, actor, wanted.first_seed, wanted.episodes, latency, environments
-            )
+            environments = min(wanted.episodes, 8 * cpu_count())
+            actor = Actor(model, processor, codec, device, environments)
+            collect_corrections(place, actor, wanted.first_seed, wanted.episodes, latency)
         return batches(number + 1)
 
     began = time.perf_counter()
-    metrics = train(trainable.model, batches(0), config, device, work, rebuild)
+    metrics = Trainer(trainable.model, batches(0), config, device, work, rebuild).run()
     return {"seed": seed, "seconds": time.perf_counter() - began, **asdict(config), **metrics}

@@ -24,6 +24,7 @@ DESCENT_GAIN = 0.45  # lower: what is executed late goes on into the table
 MAX_STEP = 0.025  # metres a control step, 0.25 m/s
 PUSH_STEP = 0.018
 MAX_TURN = 0.12  # radians a control step
+MAX_TILT = 0.06  # radians from upright that are let be: every arm leans a little while it moves
 SLOPE = 4.0  # metres of height per metre still to go sideways
 CLEARANCE = 0.018  # metres between what passes over and what stands
 LOWEST = 0.020  # metres, end effector above the table
@@ -146,6 +147,8 @@ def _action(world: World, step: np.ndarray, yaw: float, opening: float) -> np.nd
     """Limit a step, and turn the gripper upright and to a yaw."""
     upright = rotations.pointing_down(yaw)
     turn = GAIN * rotations.difference(upright, np.roll(world.ee_quaternion(), 1))
+    if np.hypot(*turn[:2]) < GAIN * MAX_TILT:
+        turn[:2] = 0
     step = step * min(1, MAX_STEP / max(float(np.linalg.norm(step)), 1e-9))
     turn = turn * min(1, MAX_TURN / max(float(np.linalg.norm(turn)), 1e-9))
     return np.array([*step, *turn, opening], dtype=np.float32)

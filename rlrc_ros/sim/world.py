@@ -296,6 +296,17 @@ class World:
         """(3, 3, 3): the rotation matrices of `scene.objects`, in the base frame."""
         return self.data.geom_xmat[self._objects].reshape(N_OBJECTS, 3, 3)
 
+    def goal_positions(self) -> np.ndarray:
+        """(2, 3) metres, in the base frame: what the scene's instruction moves, and where to.
+
+        Of a stack, "where to" is the centre of the cube at the bottom.
+        """
+        goal = self.scene.goal(self.scene.instruction)
+        centres = self.object_positions()
+        if goal.family == "stack":
+            return centres[[goal.object, goal.target]]
+        return np.stack([centres[goal.object], [*self.scene.targets[goal.target].position, 0.0]])
+
     def table_state(self) -> TableState:
         """What the success predicates look at."""
         pairs = self.data.contact.geom

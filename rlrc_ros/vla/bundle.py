@@ -59,6 +59,10 @@ class Bundle:
         with _open(self.path / "model.safetensors") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the stored tensors."""
+        return {name: tensor.nbytes for name, tensor in self.tensors().items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, memory-mapped."""
         with _open(self.path / "model.safetensors") as file:

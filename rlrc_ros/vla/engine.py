@@ -52,11 +52,14 @@ class EagerEngine:
 
 
 class _Dense:
-    """A weight matrix as it is."""
+    """Several weight matrices with the same inputs as one."""
 
-    def __init__(self, weights: list[nn.Linear]) -> None:
-        self._weight = torch.cat([linear.weight.detach() for linear in weights])
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self._weight = torch.cat([linear.weight.detach() for linear in linears])
         self.nbytes = self._weight.nbytes
+
+    def refresh(self, linears: list[nn.Linear]) -> None:
+        torch.cat([linear.weight.detach() for linear in linears], out=self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight)
@@ -83,11 +86,8 @@ class _NF4:
             scales.append(absmax.float())
             rows += state.shape[0]
         self._packed, self._scales = torch.cat(packed), torch.cat(scales)
-        self._shape, self._block, self._dtype = (
-            [rows, linears[0].weight.quant_state.shape[1]],
-            state.blocksize,
-            dtype,
-        )
+        self._shape = [rows, linears[0].weight.quant_state.shape[1]]
+        self._block, self._dtype = state.blocksize, dtype
         self._dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
         self.nbytes = self._packed.nbytes + self._scales.nbytes
 
@@ -98,57 +98,144 @@ class _NF4:
         return F.linear(x, weight)
 
 
-def _fuse(linears: list[Any], dtype: torch.dtype) -> _Dense | _NF4:
-    return _NF4(linears, dtype) if is_quantized(linears[0]) else _Dense(linears)
-
-
 class _Layer:
-    """One decoder layer over a (tokens, hidden) sequence."""
+    """One decoder layer over (B, tokens, hidden), its projections fused."""
 
     def __init__(self, layer: Any, eps: float) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        norm = layer.input_layernorm.weight
+        attention = layer.self_attn
         self._head = attention.head_dim
         self._kv_heads = attention.k_proj.out_features // self._head
         self._heads = attention.q_proj.out_features // self._head
-        self._norm1, self._norm2 = norm.detach(), layer.post_attention_layernorm.weight.detach()
-        self._eps, self._hidden = eps, (norm.numel(),)
-        self._qkv = _fuse([attention.q_proj, attention.k_proj, attention.v_proj], norm.dtype)
-        self._out = _fuse([attention.o_proj], norm.dtype)
-        self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], norm.dtype)
-        self._down = _fuse([mlp.down_proj], norm.dtype)
-        self.nbytes = sum(
-            w.nbytes
-            for w in (self._qkv, self._out, self._gate_up, self._down, self._norm1, self._norm2)
-        )
+        self._norm1 = layer.input_layernorm.weight.detach()
+        self._norm2 = layer.post_attention_layernorm.weight.detach()
+        self._eps, self._hidden = eps, self._norm1.shape
+        self._qkv, self._out, self._gate_up, self._down = map(self._fuse, self._groups(layer))
+        fused = (self._qkv, self._out, self._gate_up, self._down, self._norm1, self._norm2)
+        self.nbytes = sum(weight.nbytes for weight in fused)
 
-    def cache(self, length: int) -> Tensor:
-        """Room for keys and values: (2, kv_heads, length, head_dim)."""
-        return torch.zeros(2, self._kv_heads, length, self._head, dtype=self._norm1.dtype)
+    @staticmethod
+    def _groups(layer: Any) -> list[list[Any]]:
+        attention, mlp = layer.self_attn, layer.mlp
+        return [
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        ]
+
+    def _fuse(self, linears: list[Any]) -> Any:
+        return _NF4(linears, self._norm1.dtype) if is_quantized(linears[0]) else _Dense(linears)
+
+    def refresh(self, layer: Any) -> None:
+        """Take over the weights that the layer has by now."""
+        fused = (self._qkv, self._out, self._gate_up, self._down)
+        for weight, linears in zip(fused, self._groups(layer), strict=True):
+            weight.refresh(linears)
+
+    def cache(self, batch: int, length: int) -> Tensor:
+        """Room for keys and values: (2, batch, kv_heads, length, head_dim)."""
+        return self._norm1.new_zeros(2, batch, self._kv_heads, length, self._head)
 
     def __call__(self, x: Tensor, cache: Tensor, start: int, cos: Tensor, sin: Tensor) -> Tensor:
-        tokens = len(x)
+        batch, tokens, _ = x.shape
         end = start + tokens
         keys, values = cache
-        qkv = self._qkv(F.rms_norm(x, self._hidden, self._norm1, self._eps)).view(
-            tokens, -1, self._head
-        )
-        rotated = qkv[:, : self._heads + self._kv_heads]  # queries and keys turn together
+        qkv = self._qkv(F.rms_norm(x, self._hidden, self._norm1, self._eps))
+        qkv = qkv.view(batch, tokens, -1, self._head)
+        rotated = qkv[:, :, : self._heads + self._kv_heads]  # queries and keys turn together
         half = self._head // 2
         turned = torch.cat([-rotated[..., half:], rotated[..., :half]], -1)
-        rotated = (rotated * cos[start:end] + turned * sin[start:end]).transpose(0, 1)
-        keys[:, start:end] = rotated[self._heads :]
-        values[:, start:end] = qkv[:, self._heads + self._kv_heads :].transpose(0, 1)
+        rotated = (rotated * cos[start:end] + turned * sin[start:end]).transpose(1, 2)
+        keys[:, :, start:end] = rotated[:, self._heads :]
+        values[:, :, start:end] = qkv[:, :, self._heads + self._kv_heads :].transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
-            rotated[None, : self._heads],
-            keys[None, :, :end],
-            values[None, :, :end],
+            rotated[:, : self._heads],
+            keys[:, :, :end],
+            values[:, :, :end],
             is_causal=tokens > 1,
             enable_gqa=self._heads != self._kv_heads,
         )
-        x = x + self._out(mixed[0].transpose(0, 1).reshape(tokens, -1))
+        x = x + self._out(mixed.transpose(1, 2).reshape(batch, tokens, -1))
         gate, up = self._gate_up(F.rms_norm(x, self._hidden, self._norm2, self._eps)).chunk(2, -1)
         return x + self._down(F.silu(gate).mul_(up))
+
+
+class Unrolled:
+    """A decode with everything static: fused projections, preallocated keys and values, no cache objects.
+
+    Small and pruned decoders spend most of their time between kernels; here little is left there, and
+    what is left can be captured in a CUDA graph. Prompts of a batch have the same length.
+
+    Args:
+        model: its weights are copied where they are fused, and shared elsewhere.
+        batch: observations at a time.
+    """
+
+    def __init__(self, model: OpenVLA, batch: int = 1) -> None:
+        self._model, llama, self._batch = model, model.language_model.model, batch
+        self._layers = [_Layer(layer, llama.norm.variance_epsilon) for layer in llama.layers]
+        self._embedding = llama.embed_tokens.weight.detach()
+        first = model.first_action_id
+        self._action_rows = self._embedding[first : first + model.n_bins]
+        head = model.language_model.lm_head.weight.detach()
+        self._head = head[first : first + model.n_bins].clone()
+        self._norm, self._eps = llama.norm.weight.detach(), llama.norm.variance_epsilon
+        self._rotary = llama.rotary_emb
+        self.nbytes = self._head.nbytes + sum(layer.nbytes for layer in self._layers)
+        self._allocate(128)
+
+    def _allocate(self, length: int) -> None:
+        """Make room for sequences of `length` tokens."""
+        self._length = length
+        self._caches = [layer.cache(self._batch, length) for layer in self._layers]
+        positions = torch.arange(length, device=self._norm.device)[None]
+        cos, sin = self._rotary(self._norm, positions)
+        self._cos, self._sin = cos[0, :, None], sin[0, :, None]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the weights that the model has by now; what is shared follows by itself."""
+        language_model, first = self._model.language_model, self._model.first_action_id
+        self._head.copy_(language_model.lm_head.weight[first : first + self._model.n_bins])
+        for mine, layer in zip(self._layers, language_model.model.layers, strict=True):
+            mine.refresh(layer)
+
+    def __call__(
+        self, inputs: Inputs, temperature: float = 0.0, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `OpenVLA.generate` gives: bins (B, action_tokens), log-probabilities (B,), states.
+
+        noise: (B, action_tokens, n_bins) from the standard Gumbel distribution; added to the logits it
+        makes their largest a sample.
+        """
+        model, ids = self._model, inputs.input_ids
+        text = self._embedding[ids]
+        context = [model.projector(model.vision_backbone(inputs.pixel_values))]
+        if model.proprio_projector is not None:
+            assert inputs.proprioception is not None
+            context.append(model.proprio_projector(inputs.proprioception)[:, None])
+        x = torch.cat([text[:, :1], *context, text[:, 1:]], 1)
+        if (needed := x.shape[1] + model.action_tokens) > self._length:
+            self._allocate(needed)
+        position = 0
+        states: list[Tensor] = []
+        bins: list[Tensor] = []
+        log_probability = torch.zeros(len(x), device=x.device)
+        for token in range(model.action_tokens):
+            tokens = x.shape[1]
+            for layer, cache in zip(self._layers, self._caches, strict=True):
+                x = layer(x, cache, position, self._cos, self._sin)
+            position += tokens
+            states.append(F.rms_norm(x[:, -1], self._norm.shape, self._norm, self._eps))
+            logits = F.linear(states[-1], self._head)
+            if noise is None:
+                bins.append(logits.argmax(-1))
+            else:
+                log_p = (logits.float() / temperature).log_softmax(-1)
+                bins.append((log_p + noise[:, token]).argmax(-1))
+                log_probability += log_p.gather(1, bins[-1][:, None])[:, 0]
+            x = self._action_rows[bins[-1]][:, None]
+        return torch.stack(bins, 1), log_probability, states[0]
 
 
 class UnrolledEngine:
@@ -157,59 +244,22 @@ class UnrolledEngine:
     name = "unrolled"
 
     def __init__(self, model: OpenVLA) -> None:
-        self._model, llama = model, model.language_model.model
-        first = model.first_action_id
-        self._embedding = llama.embed_tokens.weight.detach()
-        self._action_rows = self._embedding[first : first + model.n_bins]
-        self._head = model.language_model.lm_head.weight.detach()[
-            first : first + model.n_bins
-        ].clone()
-        self._norm, self._eps = llama.norm.weight.detach(), model.config.decoder.rms_norm_eps
-        self._hidden = self._norm.shape
-        self._layers = [_Layer(layer, self._eps) for layer in llama.layers]
-        # From here on the layers and the head live in this form only; the modules' own copies are
-        # let go.
-        llama.layers = nn.ModuleList()
-        model.language_model.lm_head = nn.Identity()
-        self._allocate(128)
-
-    def _allocate(self, length: int) -> None:
-        """Make room for sequences of `length` tokens."""
-        self._length = length
-        self._caches = [layer.cache(length) for layer in self._layers]
-        cos, sin = self._model.language_model.model.rotary_emb(
-            self._norm, torch.arange(length)[None]
-        )
-        self._cos, self._sin = cos[0, :, None], sin[0, :, None]
+        language_model = model.language_model
+        self._model, self._unrolled = model, Unrolled(model)
+        # From here on the layers live in fused form only, and the head as its action rows.
+        language_model.model.layers = nn.ModuleList()
+        language_model.lm_head = nn.Identity()
 
     @torch.inference_mode()
     def bins(self, inputs: Inputs) -> Tensor:
         """Greedy action bins, (1, action_tokens)."""
         if len(inputs) != 1:
             raise ValueError("the unrolled engine takes one observation at a time")
-        ids, model = inputs.input_ids[0], self._model
-        text = self._embedding[ids]
-        context = [model.projector(model.vision_backbone(inputs.pixel_values))[0]]
-        if model.proprio_projector is not None:
-            assert inputs.proprioception is not None
-            context.append(model.proprio_projector(inputs.proprioception))
-        x = torch.cat([text[:1], *context, text[1:]])
-        if (needed := len(x) + model.action_tokens) > self._length:
-            self._allocate(needed)
-        position, bins = 0, []
-        for _ in range(model.action_tokens):
-            tokens = len(x)
-            for layer, cache in zip(self._layers, self._caches, strict=True):
-                x = layer(x, cache, position, self._cos, self._sin)
-            position += tokens
-            last = F.rms_norm(x[-1:], self._hidden, self._norm, self._eps)
-            bins.append(F.linear(last, self._head).argmax(-1))
-            x = self._action_rows[bins[-1]]
-        return torch.stack(bins, 1)
+        return self._unrolled(inputs)[0]
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part."""
         parts = {name: weight_bytes(part) for name, part in self._model.parts.items()}
         # The decoder's module holds the embedding and the final norm; the rest is here.
-        parts["llm"] += self._head.nbytes + sum(layer.nbytes for layer in self._layers)
+        parts["llm"] += self._unrolled.nbytes
         return parts

@@ -42,6 +42,19 @@ def build_model(config: BundleConfig) -> OpenVLA:
     return OpenVLA(config.architecture, config.action_codec.n_bins, config.action_codec.dimensions)
 
 
+def empty_model(bundle: Bundle) -> OpenVLA:
+    """The bundle's module tree without memory, on the meta device.
+
+    Raises:
+        UserError: the stored tensors do not fit the architecture.
+    """
+    with torch.device("meta"):
+        model = build_model(bundle.config)
+    file = bundle.path / "model.safetensors"
+    _refuse_misfits(file, model, bundle.shapes(), bundle.config.quantization is not None)
+    return model
+
+
 def load_model(
     bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> OpenVLA:
@@ -51,11 +64,9 @@ def load_model(
         UserError: the stored tensors do not fit the architecture; found out before any of them is
             read.
     """
-    with torch.device("meta"):
-        model = build_model(bundle.config)
+    model = empty_model(bundle)
     file = bundle.path / "model.safetensors"
     quantized = bundle.config.quantization
-    _refuse_misfits(file, model, bundle.shapes(), quantized is not None)
     tensors = bundle.tensors()
     if quantized:
         quantization.restore(model, quantized, tensors)
@@ -165,6 +176,12 @@ class Policy:
         for _ in range(2):
             self.engine.bins(inputs)
         return time.perf_counter() - start
+
+
+def part_of(name: str) -> str:
+    """The part that a stored tensor belongs to: vision, projector or llm."""
+    heads = {"vision_backbone": "vision", "language_model": "llm"}
+    return heads.get(name.partition(".")[0], "projector")
 
 
 def parameter_counts(model: OpenVLA) -> dict[str, int]:

@@ -24,7 +24,7 @@ from training.common import cpu_count
 from training.config import DemonstrationsConfig, load_config
 from training.data.demonstrations import Episode, encode_png, write_shard
 from training.envs.vector import make_vector
-from training.rollout import Actor
+from training.rollout import Actor, roll
 
 EPISODES_PER_SHARD = 32
 
@@ -69,7 +69,8 @@ def _record_episode(env: TabletopEnv, seed: int, config: DemonstrationsConfig) -
     ended = success = False
     while not ended:
         label = expert_action(env.world)
-        recording.add(observation["image"], observation["proprioception"], label)
+        png, grounding = encode_png(observation["image"]), env.world.goal_positions()
+        recording.add(png, observation["proprioception"], label, grounding)
         observation, _, success, truncated, _ = env.step(_disturb(label, strength, config, rng))
         ended = success or truncated
     return recording.episode(
@@ -101,66 +102,51 @@ class _Recording:
 
     def __init__(self) -> None:
         self._images: list[bytes] = []
-        self._proprioception: list[NDArray[np.float32]] = []
-        self._actions: list[NDArray[np.float64]] = []
+        self._steps: list[tuple[NDArray[np.floating], ...]] = []
 
     def add(
         self,
-        image: NDArray[np.uint8],
+        png: bytes,
         proprioception: NDArray[np.float32],
         action: NDArray[np.float64],
+        grounding: NDArray[np.float64],
     ) -> None:
-        self._images.append(encode_png(image))
-        self._proprioception.append(proprioception)
-        self._actions.append(action)
+        self._images.append(png)
+        self._steps.append((proprioception, action, grounding.ravel()))
 
     def episode(self, **facts: Any) -> Episode:
-        actions = np.asarray(self._actions, np.float32)
-        return Episode(self._images, np.asarray(self._proprioception, np.float32), actions, facts)
+        columns = zip(*self._steps, strict=True)
+        proprioception, actions, grounding = (np.asarray(c, np.float32) for c in columns)
+        return Episode(self._images, proprioception, actions, grounding, facts)
 
 
 def collect_corrections(
-    out: Path,
-    actor: Actor,
-    first_seed: int,
-    episodes: int,
-    latency: tuple[float, float],
-    environments: int,
+    out: Path, actor: Actor, first_seed: int, episodes: int, latency: tuple[float, float]
 ) -> float:
-    """Let a policy act greedily and record what the expert would have done in every state it came
-    to.
+    """Let a policy act greedily and record what the expert would have done in every state.
 
     Returns the policy's success rate over these episodes.
     """
     venv = make_vector(
-        lambda i, n: range(first_seed + i, first_seed + episodes, n), environments,
-        in_process=environments == 1, latency=latency, label=True,
-    )  # fmt: skip
+        lambda i, n: range(first_seed + i, first_seed + episodes, n),
+        actor.environments,
+        latency=latency,
+        label=True,
+    )
     finished: list[Episode] = []
-    recordings = [_Recording() for _ in range(environments)]
-    observation = venv.reset()
-    told: list[dict[str, Any]] = list(venv.reset_infos)
+    recordings = [_Recording() for _ in range(actor.environments)]
     with tqdm(total=episodes, desc="corrections", unit="episode") as bar:
-        while not all(info["exhausted"] for info in told):
-            for i, recording in enumerate(recordings):
-                if not told[i]["exhausted"]:
-                    recording.add(
-                        observation["image"][i],
-                        observation["proprioception"][i],
-                        told[i]["expert_action"],
-                    )
-            before = told
-            observation, _, dones, infos = venv.step(actor.act(observation))
-            told = [venv.reset_infos[i] if dones[i] else infos[i] for i in range(environments)]
-            for i in np.flatnonzero(dones):
-                if not before[i]["exhausted"]:
-                    facts = {
-                        key: infos[i][key] for key in ("seed", "family", "instruction", "success")
-                    }
-                    finished.append(recordings[i].episode(**facts, source="corrections"))
-                    bar.update()
+        for step in roll(actor, venv):
+            for i in step.active:
+                told, proprioception = step.told[i], step.observation["proprioception"][i]
+                label, grounding = told["expert_action"], told["grounding"]
+                recordings[i].add(told["png"], proprioception, label, grounding)
+            for i in step.ended:
+                told = step.infos[i]
+                facts = {key: told[key] for key in ("seed", "family", "instruction", "success")}
+                finished.append(recordings[i].episode(**facts, source="corrections"))
                 recordings[i] = _Recording()
-    venv.close()
+                bar.update()
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -8,12 +8,11 @@ header. A shard is written under a temporary name and renamed, so every shard th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,12 +31,15 @@ class Episode:
         images: T frames as PNG files.
         proprioception: (T, P) float32.
         actions: (T, D) float32, what the expert did or would have done.
+        grounding: (T, G) float32, what the instruction speaks of, where the simulator tells: the
+            positions (m, base frame) of what is to be moved and of where to. NaN where nobody knows.
         facts: seed, family, instruction, success, and so on.
     """
 
     images: list[bytes]
     proprioception: NDArray[np.float32]
     actions: NDArray[np.float32]
+    grounding: NDArray[np.float32]
     facts: dict[str, Any]
 
 
@@ -49,16 +51,17 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 def write_shard(path: Path, episodes: Sequence[Episode]) -> None:
     """Write episodes to one file, whole or not at all."""
     frames = [image for episode in episodes for image in episode.images]
-    tensors = {
+    tensors: dict[str, NDArray[Any]] = {
         "png": np.frombuffer(b"".join(frames), np.uint8),
         "png_ends": np.cumsum([len(frame) for frame in frames]).astype(np.int64),
         "proprioception": np.concatenate([episode.proprioception for episode in episodes]),
         "actions": np.concatenate([episode.actions for episode in episodes]),
+        "grounding": np.concatenate([episode.grounding for episode in episodes]),
     }
     facts = [{**episode.facts, "steps": len(episode.images)} for episode in episodes]
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"episodes": json.dumps(facts)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Demonstrations:
         images: (N, H, W, 3) uint8.
         proprioception: (N, P) float32.
         actions: (N, D) float32.
+        grounding: (N, G) float32, NaN where it is not known.
         prompts: (N,) index into `instructions`.
         instructions: the different instructions.
         episodes: the episodes' facts, in order; `steps` of them add up to N.
@@ -77,6 +81,7 @@ class Demonstrations:
     images: NDArray[np.uint8]
     proprioception: NDArray[np.float32]
     actions: NDArray[np.float32]
+    grounding: NDArray[np.float32]
     prompts: NDArray[np.int64]
     instructions: list[str]
     episodes: list[dict[str, Any]]
@@ -100,33 +105,43 @@ def read(directories: Sequence[Path]) -> Demonstrations:
         )
     with ThreadPoolExecutor() as pool:
         shards = list(pool.map(_read_shard, paths))
-    episodes = [facts for shard in shards for facts in shard[3]]
+    episodes = [facts for shard in shards for facts in shard.facts]
     instructions = sorted({facts["instruction"] for facts in episodes})
     prompts = [instructions.index(facts["instruction"]) for facts in episodes]
     return Demonstrations(
-        images=np.concatenate([shard[0] for shard in shards]),
-        proprioception=np.concatenate([shard[1] for shard in shards]),
-        actions=np.concatenate([shard[2] for shard in shards]),
+        images=np.concatenate([shard.images for shard in shards]),
+        proprioception=np.concatenate([shard.proprioception for shard in shards]),
+        actions=np.concatenate([shard.actions for shard in shards]),
+        grounding=np.concatenate([shard.grounding for shard in shards]),
         prompts=np.repeat(prompts, [facts["steps"] for facts in episodes]).astype(np.int64),
         instructions=instructions,
         episodes=episodes,
     )
 
 
-_Shard = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32], list[dict[str, Any]]]
+class _Shard(NamedTuple):
+    images: NDArray[np.uint8]
+    proprioception: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    grounding: NDArray[np.float32]
+    facts: list[dict[str, Any]]
 
 
 def _read_shard(path: Path) -> _Shard:
+    names = ("png", "png_ends", "proprioception", "actions", "grounding")
     try:
         with safe_open(str(path), framework="np") as file:
             facts = json.loads(file.metadata()["episodes"])
-            data = file.get_tensor("png")
-            ends = file.get_tensor("png_ends")
-            proprioception, actions = file.get_tensor("proprioception"), file.get_tensor("actions")
+            data, ends, proprioception, actions, grounding = map(file.get_tensor, names)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(
             f"{path}: not a readable shard of demonstrations ({error}); delete it and record again"
         ) from None
-    frames = np.split(data, ends[:-1])
-    images = np.stack([cv2.imdecode(frame, cv2.IMREAD_COLOR)[..., ::-1] for frame in frames])
-    return images, proprioception, actions, facts
+    images = np.stack([_decode_png(frame) for frame in np.split(data, ends[:-1])])
+    return _Shard(images, proprioception, actions, grounding, facts)
+
+
+def _decode_png(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    assert image is not None  # written by this module
+    return image[..., ::-1].astype(np.uint8, copy=False)

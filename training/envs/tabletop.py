@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
+from training.data.demonstrations import encode_png
 
 TEXT_BYTES = 100
 
@@ -38,8 +39,8 @@ class SeededTabletop(gym.Env):
             `info["exhausted"]` is set. `set_seeds` replaces them.
         latency: passed on to `TabletopEnv`.
         swap_instruction: show another valid instruction than the one success is judged by.
-        label: put the expert's action for the state into `info["expert_action"]`, on reset and
-            step.
+        label: put what a demonstration needs into the infos of reset and step: `expert_action`,
+            `grounding`, and the image as a PNG file, `png`.
     """
 
     def __init__(
@@ -88,11 +89,14 @@ class SeededTabletop(gym.Env):
         self._env.close()
 
     def _seen(self, observation: dict[str, Any]) -> dict[str, Any]:
+        self._image = observation["image"]
         return {**observation, "instruction": encode_text(self._instruction)}
 
     def _told(self, info: dict[str, Any]) -> dict[str, Any]:
         told = {"success": info["success"], "seed": self._seed, "exhausted": self._exhausted}
         told |= {"family": self._env.world.scene.family, "instruction": self._instruction}
         if self._label:
-            told["expert_action"] = expert_action(self._env.world)
+            world = self._env.world
+            told |= {"expert_action": expert_action(world), "grounding": world.goal_positions()}
+            told["png"] = encode_png(self._image)
         return told

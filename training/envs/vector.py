@@ -13,26 +13,21 @@ from training.envs.tabletop import SeededTabletop
 
 
 def make_vector(
-    seeds: Callable[[int, int], Iterable[int]],
-    environments: int,
-    in_process: bool = False,
-    **kwargs: Any,
+    seeds: Callable[[int, int], Iterable[int]], environments: int, **kwargs: Any
 ) -> VecEnv:
-    """Environments side by side.
+    """Environments side by side; a single one runs in this process.
 
     Args:
         seeds: called with (index, environments), gives that environment's seeds.
         environments: how many.
-        in_process: run them one after the other in this process instead.
         kwargs: passed on to `SeededTabletop`.
     """
     makers = [
         partial(SeededTabletop, seeds(i, environments), **kwargs) for i in range(environments)
     ]
-    if in_process:
+    if environments == 1:
         return DummyVecEnv(makers)  # type: ignore[arg-type]
     # The processes are forked from one that has the slow imports behind it. The simulator is not
-    # among them: its renderer may open a connection to the GPU on import, and that must not be
-    # shared.
+    # among them: its renderer may open a connection to the GPU on import, which must not be shared.
     multiprocessing.set_forkserver_preload(["stable_baselines3.common.vec_env.subproc_vec_env"])
     return SubprocVecEnv(makers, start_method="forkserver")  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""`rlrc bag`: look after recorded episodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from rlrc_ros.rollouts.repair import repair
+from rlrc_ros.rollouts.verify import BagReport, verify
+
+HELP = "verify and repair recorded episodes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what to do, and with which bag."""
+    parser.add_argument(
+        "action",
+        choices=("verify", "repair"),
+        help="verify: is it whole, and what is in it; exit status 1 where something is wrong."
+        " repair: make a cut-off recording whole again, and keep the original",
+    )
+    parser.add_argument("bag", help="the bag's directory")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    return _verify(args) if args.action == "verify" else _repair(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    report = verify(args.bag)
+    if args.json:
+        print(json.dumps(asdict(report)))
+    else:
+        print(_for_people(report))
+    return 0 if report.ok else 1
+
+
+def _for_people(report: BagReport) -> str:
+    lines = [
+        f"{report.uri}: {report.messages} messages, {report.duration:.1f} s,"
+        f" {report.bytes / 1e6:.1f} MB"
+    ]
+    if report.episode is not None:
+        episode = report.episode
+        lines.append(
+            f"{episode.policy_label or 'no policy'}: {episode.instruction or 'no instruction'};"
+            f" ended: {episode.termination_reason or 'unknown'}, outcome: {episode.outcome}"
+        )
+    width = max((len(topic.topic) for topic in report.topics), default=0)
+    for topic in report.topics:
+        lines.append(
+            f"  {topic.topic:{width}}  {topic.messages:7d}  {topic.rate:7.1f} Hz"
+            f"  longest interval {topic.longest_interval:.3f} s, {topic.gaps} gaps  {topic.type}"
+        )
+    lines += report.problems + report.losses
+    lines += ["ok"] if report.ok else []
+    return "\n".join(lines)
+
+
+def _repair(args: argparse.Namespace) -> int:
+    repaired = repair(args.bag)
+    if args.json:
+        print(json.dumps(asdict(repaired)))
+    else:
+        print(
+            f"{repaired.uri} is whole, {repaired.messages} messages; {repaired.lost_bytes} bytes"
+            f" were lost; the original is {repaired.original}"
+        )
+    return 0

@@ -1,0 +1,35 @@
+"""`rlrc rl`: recovery by PPO with critic warm-up and BC regularization."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rlrc_ros.cli.stages import add_stage_arguments, run_stage, work_directory
+
+HELP = "recover a policy by PPO with critic warm-up and BC regularization"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add_stage_arguments(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train."""
+    return run_stage(arguments, "rl", _stage)
+
+
+def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[str, Any]:
+    from training import rl
+    from training.common import pick_device
+
+    return rl.run(
+        config.rl,
+        trainable,
+        arguments.demonstrations,
+        seed=arguments.seed,
+        device=pick_device(arguments.device),
+        work=work_directory(arguments),
+        latency=config.demonstrations.latency,
+    )

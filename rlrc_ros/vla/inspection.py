@@ -1,0 +1,38 @@
+"""What a bundle is, told from its files alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlrc_ros.vla.bundle import open_bundle
+from rlrc_ros.vla.policy import empty_model, parameter_counts, part_of
+
+
+def inspect(policy: str | Path) -> dict[str, Any]:
+    """Facts of a bundle, JSON-able. Loads no weights.
+
+    Raises:
+        UserError: there is no such bundle, or it is damaged.
+    """
+    bundle = open_bundle(policy)
+    stored = {"vision": 0, "projector": 0, "llm": 0}
+    for name, size in bundle.sizes().items():
+        stored[part_of(name)] += size
+    config = bundle.config
+    return {
+        "name": bundle.name,
+        "path": str(bundle.path),
+        "hash": bundle.hash,
+        "parameters": parameter_counts(empty_model(bundle)),
+        "bytes": stored | {"total": sum(stored.values())},
+        "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
+        "layers": [asdict(widths) for widths in config.architecture.decoder.layers],
+        "dtype": config.dtype,
+        "quantization": asdict(config.quantization) if config.quantization else None,
+        "control_rate": config.control_rate,
+        "cameras": [asdict(camera) for camera in config.cameras],
+        "proprioception": asdict(config.proprioception) if config.proprioception else None,
+        "provenance": bundle.provenance,
+    }
