@@ -44,28 +44,33 @@ def _number(value: Any) -> Any:
 _CONFIG = dacite.Config(cast=[tuple], type_hooks={float: _number})
 
 
-def _refuse_unknown_keys(cls: Any, data: Any, where: str, prefix: str = "") -> None:
-    """Refuse keys that no field of `cls`, or of the dataclasses inside it, is named after."""
-    if not isinstance(data, dict):
-        place = f" at '{prefix.rstrip('.')}'" if prefix else ""
-        raise UserError(f"{where}: expected keys and values{place}, found {type(data).__name__}")
-    hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key, value in data.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = (
-                f"did you mean '{prefix}{close[0]}'?"
-                if close
-                else f"known here: {', '.join(known)}"
-            )
-            raise UserError(f"{where}: unknown key '{prefix}{key}'; {hint}")
-        for inner in (hints[key], *typing.get_args(hints[key])):
-            if dataclasses.is_dataclass(inner) and isinstance(value, dict):
-                _refuse_unknown_keys(inner, value, where, f"{prefix}{key}.")
-            elif dataclasses.is_dataclass(inner) and isinstance(value, list):
-                for i, item in enumerate(value):
-                    _refuse_unknown_keys(inner, item, where, f"{prefix}{key}[{i}].")
+def _refuse_unknown_keys(hint: Any, data: Any, where: str, path: str = "") -> None:
+    """Refuse keys that no field of the dataclasses in the type `hint` is named after."""
+    arguments = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(data, dict):
+            place = f" at '{path}'" if path else ""
+            found = type(data).__name__
+            raise UserError(f"{where}: expected keys and values{place}, found {found}")
+        hints = typing.get_type_hints(hint)
+        known = [field.name for field in dataclasses.fields(hint)]
+        for key, value in data.items():
+            full = f"{path}.{key}" if path else str(key)
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                near = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+                raise UserError(f"{where}: unknown key '{full}'; {near}")
+            _refuse_unknown_keys(hints[key], value, where, full)
+    elif typing.get_origin(hint) is dict and isinstance(data, dict):
+        for key, value in data.items():
+            _refuse_unknown_keys(arguments[1], value, where, f"{path}.{key}")
+    elif isinstance(data, list):
+        for i, value in enumerate(data):
+            _refuse_unknown_keys(arguments[0] if arguments else None, value, where, f"{path}[{i}]")
+    elif data is not None:
+        for inner in arguments:  # of a union
+            if dataclasses.is_dataclass(inner):
+                _refuse_unknown_keys(inner, data, where, path)
 
 
 def read_json(path: Path) -> Any:

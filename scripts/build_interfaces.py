@@ -2,11 +2,14 @@
 
     .venv/bin/python scripts/build_interfaces.py
 
-Only for ROS 2 from PyPI wheels. With an apt-installed distribution, `colcon build` in a workspace does all of it.
+Only for ROS 2 from PyPI wheels. With an apt-installed distribution, `colcon build` in a workspace
+does all of it.
 
-The wheels' CMake targets name the Python that they were built with; they are pointed at this interpreter first (which
-changes nothing the second time). Then colcon builds the package's interfaces and installs them into the environment's
-own prefix, where the wheels' libraries lie, so that `rlrc.msg` imports with nothing sourced.
+The wheels' CMake targets name the Python that they were built with; they are pointed at this
+interpreter first (which changes nothing the second time). Then colcon builds the package's
+interfaces and installs them into the environment's own prefix, where the wheels' libraries lie, so
+that
+`rlrc.msg` imports with nothing sourced.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ def mend_wheels() -> int:
     """Point the wheels' CMake targets at this interpreter; returns how many files that changed."""
     replacements = [
         (r"/opt/python/cp\d+-cp\d+/include/python3\.\d+", sysconfig.get_path("include")),
-        (r"/opt/python/cp\d+-cp\d+/lib/python3\.\d+/site-packages/numpy/_core/include", numpy.get_include()),
+        (
+            r"/opt/python/cp\d+-cp\d+/lib/python3\.\d+/site-packages/numpy/_core/include",
+            numpy.get_include(),
+        ),
     ]
     changed = 0
     for file in (PREFIX / "share").glob("*/cmake/*.cmake"):
@@ -54,13 +60,19 @@ def main() -> int:
         str(PREFIX / "bin" / "colcon"), "--log-base", str(BUILD / "log"), "build",
         "--base-paths", str(REPOSITORY), "--packages-select", "rlrc",
         "--build-base", str(BUILD / "build"), "--install-base", str(PREFIX), "--merge-install",
-        "--cmake-args", "-DRLRC_INTERFACES_ONLY=ON", "-DBUILD_TESTING=OFF", f"-DPython3_EXECUTABLE={sys.executable}",
+        "--cmake-args", "-DRLRC_INTERFACES_ONLY=ON", "-DBUILD_TESTING=OFF",
+        f"-DPython3_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
     built = subprocess.run(command, cwd=REPOSITORY, env=environment)
     if built.returncode:
-        print(f"the interfaces did not build; colcon's logs are under {BUILD / 'log'}", file=sys.stderr)
+        print(
+            f"the interfaces did not build; colcon's logs are under {BUILD / 'log'}",
+            file=sys.stderr,
+        )
         return built.returncode
-    return subprocess.run([sys.executable, "-c", "import rlrc.action, rlrc.msg, rlrc.srv"]).returncode
+    return subprocess.run(
+        [sys.executable, "-c", "import rlrc.action, rlrc.msg, rlrc.srv"]
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -62,8 +62,9 @@ class Evaluation:
 def evaluate(
     task: Evaluation, device: str | None = None, workers: int | None = None, log: Path | None = None
 ) -> list[EpisodeResult]:
-    """Run the episodes, those in `log` from an earlier, interrupted run left out; in the order of
-    seeds.
+    """Run the episodes; those in `log`, from a run that was interrupted, are not run again.
+
+    Returns them in the order of seeds.
 
     Raises:
         UserError: the log belongs to another evaluation.

@@ -1,5 +1,4 @@
-"""Structured pruning of the decoder: whole layers, then heads and feed-forward channels of the
-rest.
+"""Structured pruning of the decoder: whole layers, then heads and channels of the others.
 
     rlrc prune CONFIG --policy BUNDLE --demonstrations DIR --out BUNDLE
 

@@ -173,9 +173,14 @@ class RecoveryPPO(PPO):
     """
 
     def __init__(
-        self, policy: type[TokenPolicy], env: VecEnv, config: RlConfig, demonstrations: DemonstrationBatches, work: Path,
+        self,
+        policy: type[TokenPolicy],
+        env: VecEnv,
+        config: RlConfig,
+        demonstrations: DemonstrationBatches,
+        work: Path,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.demonstrations, self.work = config, demonstrations, work
         self.update_number = 0
         super().__init__(
@@ -335,10 +340,9 @@ def run(
     work: Path,
     latency: tuple[float, float],
 ) -> dict[str, Any]:
-    """Train in place, resuming from `work` where an earlier run was killed; returns the stage's
-    facts.
+    """Train in place, resuming from `work` where an earlier run was killed.
 
-    Everything is float32: log-probabilities of the sampled tokens, taken with the KV cache, must
+    Returns the stage's facts. Everything is float32: log-probabilities of the sampled tokens, taken with the KV cache, must
     equal the teacher-forced ones for the ratio to start at 1, and in bfloat16 they do not.
     """
     work.mkdir(parents=True, exist_ok=True)

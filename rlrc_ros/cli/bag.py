@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
+from rlrc_ros.cli.output import emit
 from rlrc_ros.rollouts.repair import repair
 from rlrc_ros.rollouts.verify import BagReport, verify
 
@@ -30,10 +30,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     report = verify(args.bag)
-    if args.json:
-        print(json.dumps(asdict(report)))
-    else:
-        print(_for_people(report))
+    emit(args, asdict(report), _for_people(report))
     return 0 if report.ok else 1
 
 
@@ -61,11 +58,9 @@ def _for_people(report: BagReport) -> str:
 
 def _repair(args: argparse.Namespace) -> int:
     repaired = repair(args.bag)
-    if args.json:
-        print(json.dumps(asdict(repaired)))
-    else:
-        print(
-            f"{repaired.uri} is whole, {repaired.messages} messages; {repaired.lost_bytes} bytes"
-            f" were lost; the original is {repaired.original}"
-        )
+    text = (
+        f"{repaired.uri} is whole, {repaired.messages} messages; {repaired.lost_bytes} bytes"
+        f" were lost; the original is {repaired.original}"
+    )
+    emit(args, asdict(repaired), text)
     return 0

@@ -24,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="the first scene's seed; the others follow"
     )
     parser.add_argument(
-        "--swap-instruction", action="store_true",
-        help="show another valid instruction; success is still judged by the scene's own, so it should vanish",
-    )  # fmt: skip
+        "--swap-instruction",
+        action="store_true",
+        help="show another valid instruction of the scene; success is still judged by its own",
+    )
     parser.add_argument(
         "--against", help="a second policy on the same scenes: adds the paired difference"
     )

@@ -1,7 +1,7 @@
 """The command `rlrc`: finds the verb, parses, and turns mistakes into one line.
 
-A verb is a module of this package with HELP, add_arguments(parser) and main(arguments) -> exit status.
-What is slow to import, a verb imports in its main.
+A verb is a module of this package with HELP, add_arguments(parser) and main(arguments), which
+returns the exit status. What is slow to import, a verb imports in its main.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ EXTRAS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; returns the exit status: 0, 1 for a negative finding, 2 for a mistake."""
+    """Run one command line.
+
+    Returns the exit status: 0, or 1 for a negative finding, or 2 for a mistake.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="rlrc", description="Compress vision-language-action policies, run and compare them."

@@ -161,10 +161,10 @@ class _Layer:
 
 
 class Unrolled:
-    """A decode with everything static: fused projections, preallocated keys and values, no cache objects.
+    """A decode with everything static: fused projections, preallocated keys and values.
 
-    Small and pruned decoders spend most of their time between kernels; here little is left there, and
-    what is left can be captured in a CUDA graph. Prompts of a batch have the same length.
+    Small and pruned decoders spend most of their time between kernels; here little is left there,
+    and what is left can be captured in a CUDA graph. Prompts of a batch have the same length.
 
     Args:
         model: its weights are copied where they are fused, and shared elsewhere.
@@ -205,8 +205,8 @@ class Unrolled:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `OpenVLA.generate` gives: bins (B, action_tokens), log-probabilities (B,), states.
 
-        noise: (B, action_tokens, n_bins) from the standard Gumbel distribution; added to the logits it
-        makes their largest a sample.
+        noise: (B, action_tokens, n_bins) from the standard Gumbel distribution; added to the logits
+            it makes their largest a sample.
         """
         model, ids = self._model, inputs.input_ids
         text = self._embedding[ids]

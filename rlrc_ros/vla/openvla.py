@@ -145,7 +145,8 @@ class PatchEmbed(nn.Module):
 def _convolutional_stem(config: TowerConfig) -> nn.Sequential:
     """Convolutions that halve the image until a patch is a pixel, their width doubling.
 
-    Vision transformers that train from nothing learn faster behind one (Xiao et al., arXiv 2106.14881).
+    Vision transformers that train from nothing learn faster behind one (Xiao et al., arXiv
+    2106.14881).
     """
     layers: list[nn.Module] = []
     halvings = config.patch.bit_length() - 1

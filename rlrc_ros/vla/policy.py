@@ -126,10 +126,16 @@ class Policy:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, device: torch.device, dtype: torch.dtype
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        parameters: dict[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.bundle, self.config, self.hash = bundle, bundle.config, bundle.hash
         self.engine, self.device, self.dtype = engine, device, dtype
+        self.parameters = parameters
         self.processor = Processor(bundle.config, bundle.tokenizer())
         self._codec = ActionCodec(bundle.config.action_codec)
 
@@ -223,9 +229,10 @@ def load_policy(
         raise UserError("the unrolled engine runs on a CPU only; take engine 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
     model = load_model(bundle, target, kind)
+    parameters = parameter_counts(model)  # before an engine takes the model apart
     chosen: Engine = (
         UnrolledEngine(model)
         if engine == "unrolled" or (engine == "auto" and on_cpu)
         else EagerEngine(model)
     )
-    return Policy(bundle, chosen, target, kind)
+    return Policy(bundle, chosen, parameters, target, kind)

@@ -72,9 +72,14 @@ def quantize(model: OpenVLA, config: QuantizationConfig) -> None:
             quant_type="nf4",
         )
         weight = bnb.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, blocksize=config.block_size, bnb_quantized=True,
-            compress_statistics=config.double_quantization, quant_type="nf4",
-        )  # fmt: skip
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=config.block_size,
+            compress_statistics=config.double_quantization,
+            quant_type="nf4",
+            bnb_quantized=True,
+        )
         setattr(parent, attribute, _linear4bit(linear, weight, linear.bias))
 
 

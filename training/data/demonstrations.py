@@ -32,7 +32,8 @@ class Episode:
         proprioception: (T, P) float32.
         actions: (T, D) float32, what the expert did or would have done.
         grounding: (T, G) float32, what the instruction speaks of, where the simulator tells: the
-            positions (m, base frame) of what is to be moved and of where to. NaN where nobody knows.
+            positions (m, base frame) of what is to be moved and of where to. NaN where nobody
+            knows.
         facts: seed, family, instruction, success, and so on.
     """
 

@@ -63,10 +63,8 @@ class SeededTabletop(gym.Env):
         """Take scenes from another list from the next reset on."""
         self._seeds = iter(seeds)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start the next seed's episode; `seed` and `options` are not used."""
+    def reset(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # type: ignore[override]
+        """Start the next seed's episode; what Gymnasium's reset takes is not used."""
         following = next(self._seeds, None)
         self._exhausted = following is None
         self._seed = self._seed if following is None else following

@@ -1,0 +1,203 @@
+"""One episode of a policy on a robot: when it acts, what it counts, how it ends. No ROS in it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.vla.policy import Policy
+from rlrc_ros.vla.processor import Observation
+
+FINISHED = "finished"
+TIMEOUT = "timeout"
+OPERATOR_STOP = "operator_stop"
+GUARD_STOP = "guard_stop"
+POLICY_ERROR = "policy_error"
+OBSERVATION_LOST = "observation_lost"
+NODE_DEACTIVATED = "node_deactivated"
+
+OBSERVATION_PATIENCE = 1.0
+"""s without a usable observation after which an episode ends."""
+FIRST_OBSERVATION_PATIENCE = 5.0
+"""s to wait for the first one: sources may still be starting."""
+
+
+class NotReady(UserError):
+    """There is no usable observation now; the message says which source lacks what."""
+
+
+@dataclass
+class Statistics:
+    """What an episode counted; times in ms, the first step left out of the percentiles."""
+
+    steps: int = 0
+    deadline_misses: int = 0
+    skipped_steps: int = 0
+    skip_reason: str = ""
+    observation_age: float = 0.0
+    """s, from the oldest stamp of the last step's observation to its command."""
+    last_ms: dict[str, float] = field(default_factory=dict)
+    totals_ms: list[float] = field(default_factory=list)
+
+    def percentile(self, q: float) -> float:
+        """Of the time from looking to commanding; 0 while there are fewer than two steps."""
+        later = self.totals_ms[1:]
+        return float(np.percentile(later, q)) if later else 0.0
+
+
+Look = Callable[[], tuple[Observation, int]]
+"""Takes an observation and its oldest stamp (ns since the epoch); raises NotReady or UserError."""
+Command = Callable[[NDArray[np.float64], int, int], None]
+"""Sends an action (7,), given the observation's stamp and the number of the step."""
+
+
+class Episode:
+    """Looks, acts and commands, once a control period, in a thread of its own.
+
+    Args:
+        episode_id: its name.
+        instruction: what the policy is to do.
+        label: the label the policy runs under.
+        policy: what acts.
+        max_duration: s after which the episode times out.
+        look: gives an observation.
+        command: sends an action on; never called after `end`.
+        clock_ns: the clock of the observations' stamps, ns since the epoch.
+    """
+
+    def __init__(
+        self,
+        episode_id: str,
+        instruction: str,
+        label: str,
+        policy: Policy,
+        max_duration: float,
+        look: Look,
+        command: Command,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        self.episode_id, self.instruction, self.label = episode_id, instruction, label
+        self.policy, self.max_duration = policy, max_duration
+        self.statistics = Statistics()
+        self.termination_reason = ""
+        self.message = ""
+        self._look, self._command, self._clock_ns = look, command, clock_ns
+        self._began = self._last_step = time.monotonic()
+        self._lock = threading.Lock()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._work: Future[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over; a step that was under way no longer commands."""
+        return bool(self.termination_reason)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._began
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way."""
+        return self._work is not None and not self._work.done()
+
+    def tick(self) -> None:
+        """Call once a control period: starts a step, or counts why there is none."""
+        if self.ended:
+            return
+        if self.elapsed > self.max_duration:
+            self.end(TIMEOUT, f"after {self.max_duration:g} s")
+        elif self.busy:
+            self.statistics.deadline_misses += 1
+        else:
+            self._work = self._worker.submit(self._step)
+
+    def end(self, reason: str, message: str = "") -> None:
+        """End it, once: the first reason stands."""
+        with self._lock:
+            if not self.ended:
+                self.message, self.termination_reason = message, reason
+
+    def close(self) -> None:
+        """Wait for a step that is under way."""
+        self._worker.shutdown(wait=True)
+
+    def _step(self) -> None:
+        statistics, began = self.statistics, time.perf_counter()
+        try:
+            observation, stamp_ns = self._look()
+        except NotReady as error:
+            statistics.skipped_steps += 1
+            statistics.skip_reason = str(error)
+            patience = OBSERVATION_PATIENCE if statistics.steps else FIRST_OBSERVATION_PATIENCE
+            if time.monotonic() - self._last_step > patience:
+                self.end(OBSERVATION_LOST, str(error))
+            return
+        except Exception as error:
+            self.end(POLICY_ERROR, f"observation: {error}")
+            return
+        looked = time.perf_counter()
+        try:
+            action = self.policy.act(observation).actions[0]
+        except Exception as error:
+            self.end(POLICY_ERROR, f"{type(error).__name__}: {error}")
+            return
+        with self._lock:
+            if self.ended:
+                return
+            self._command(action, stamp_ns, statistics.steps)
+        done = time.perf_counter()
+        statistics.skip_reason = ""
+        statistics.observation_age = (self._clock_ns() - stamp_ns) * 1e-9
+        statistics.last_ms = {
+            "preprocess": (looked - began) * 1e3,
+            "inference": (done - looked) * 1e3,
+            "total": (done - began) * 1e3,
+        }
+        statistics.totals_ms.append(statistics.last_ms["total"])
+        statistics.steps += 1
+        self._last_step = time.monotonic()
+
+
+class PolicyStore:
+    """Policies by label, resident once loaded, one of them active.
+
+    Args:
+        load: gives a ready policy for a bundle directory or short name; slow.
+    """
+
+    def __init__(self, load: Callable[[str], Policy]) -> None:
+        self._load = load
+        self.paths: dict[str, str] = {}
+        self.resident: dict[str, Policy] = {}
+        self.active = ""
+
+    def add(self, label: str, path: str) -> Policy:
+        """Load a bundle under a label, replacing what had it, and make it active.
+
+        Raises:
+            UserError: it cannot be loaded; then nothing has changed.
+        """
+        policy = self._load(path)
+        self.paths[label], self.resident[label], self.active = path, policy, label
+        return policy
+
+    def activate(self, label: str) -> Policy:
+        """Make a resident policy active.
+
+        Raises:
+            UserError: there is none of that label.
+        """
+        if label not in self.resident:
+            there = ", ".join(sorted(self.resident)) or "none"
+            raise UserError(f"no policy is loaded under the label '{label}'; loaded: {there}")
+        self.active = label
+        return self.resident[label]

@@ -1,0 +1,150 @@
+"""What the nodes share: how one is run, its parameters, QoS profiles and diagnostics."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.clock import Clock
+from rclpy.clock_type import ClockType
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+
+from rlrc_ros.errors import UserError
+
+N = TypeVar("N", bound=Node)
+
+SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+"""The latest measurement and no other (REP-2003)."""
+
+COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+"""The latest command, delivered."""
+
+LATCHED_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+"""What was said last, for those who come later too."""
+
+STEADY_CLOCK = Clock(clock_type=ClockType.STEADY_TIME)
+"""For timers that must not stop or jump with simulated time."""
+
+
+def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None = None) -> int:
+    """Run a node until SIGINT or SIGTERM, and return the process's exit status.
+
+    The signals do not shut the ROS context down, so that `before_shutdown` can still publish; no
+    callback runs beside it. A mistake in the parameters is printed as one line, with status 2.
+    """
+    stopping = False
+
+    def stop(_signal: int, _frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        try:
+            rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        except RuntimeError as error:  # ROS arguments that rcl cannot parse
+            raise UserError(str(error).splitlines()[0]) from None
+        node = make_node()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        rclpy.try_shutdown()
+        return 2
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    # What exists by now stays: without it a collection stalls the timers for several ms.
+    gc.collect()
+    gc.freeze()
+    try:
+        while not stopping:
+            executor.spin_once(timeout_sec=0.1)
+    finally:
+        executor.shutdown()
+        if before_shutdown is not None:
+            before_shutdown(node)
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+def number(
+    node: Node, name: str, default: float, description: str, low: float, high: float
+) -> float:
+    """Declare a float parameter within [low, high], fixed once the node runs; return its value."""
+    range_ = [FloatingPointRange(from_value=low, to_value=high)]
+    kind = f"a number between {low} and {high}, with a decimal point"
+    return _declare(node, name, default, description, kind, floating_point_range=range_)
+
+
+def integer(node: Node, name: str, default: int, description: str, low: int, high: int) -> int:
+    """Declare an integer parameter within [low, high], fixed once the node runs."""
+    range_ = [IntegerRange(from_value=low, to_value=high)]
+    kind = f"an integer between {low} and {high}"
+    return _declare(node, name, default, description, kind, integer_range=range_)
+
+
+def text(node: Node, name: str, default: str, description: str) -> str:
+    """Declare a string parameter, fixed once the node runs; return its value."""
+    return _declare(node, name, default, description, "a string")
+
+
+def flag(node: Node, name: str, default: bool, description: str) -> bool:
+    """Declare a bool parameter, fixed once the node runs; return its value."""
+    return _declare(node, name, default, description, "true or false")
+
+
+def numbers(node: Node, name: str, description: str) -> list[float]:
+    """Declare a list of floats, empty where nobody sets it, fixed once the node runs."""
+    kind = "a list of numbers with decimal points"
+    return list(_declare(node, name, Parameter.Type.DOUBLE_ARRAY, description, kind) or [])
+
+
+def texts(node: Node, name: str, description: str) -> list[str]:
+    """Declare a list of strings, empty where nobody sets it, fixed once the node runs."""
+    kind = "a list of strings"
+    return list(_declare(node, name, Parameter.Type.STRING_ARRAY, description, kind) or [])
+
+
+def _declare(
+    node: Node, name: str, default: Any, description: str, kind: str, **constraints: Any
+) -> Any:
+    descriptor = ParameterDescriptor(description=description, read_only=True, **constraints)
+    try:
+        return node.declare_parameter(name, default, descriptor).value
+    except (InvalidParameterTypeException, InvalidParameterValueException):
+        raise UserError(f"parameter {name} ({description}) must be {kind}") from None
+
+
+def diagnostics(
+    node: Node, level: bytes, message: str, values: Mapping[str, object]
+) -> DiagnosticArray:
+    """A diagnostic_msgs/DiagnosticArray with one status, named after the node.
+
+    Args:
+        node: Whose status it is.
+        level: DiagnosticStatus.OK, WARN, ERROR or STALE.
+        message: One line for the operator.
+        values: Numbers and names beside it.
+    """
+    status = DiagnosticStatus(
+        level=level,
+        name=node.get_fully_qualified_name().lstrip("/"),
+        message=message,
+        hardware_id="",
+        values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
+    )
+    array = DiagnosticArray(status=[status])
+    array.header.stamp = node.get_clock().now().to_msg()
+    return array

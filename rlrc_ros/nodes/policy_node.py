@@ -1,0 +1,465 @@
+"""Runs policies on the robot, an episode at a time, and swaps them in between.
+
+    ros2 run rlrc policy_node --ros-args -p policies:="['original=DIR', 'compressed=DIR']"
+
+A lifecycle node: configuring loads and warms up the policies, activating takes goals, deactivating
+ends the episode first. Its commands go to the command guard, which alone commands the arm.
+Inference runs in a thread of its own, so that a slow policy never delays a stop.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from numpy.typing import NDArray
+from rclpy.action.server import ActionServer, CancelResponse, GoalResponse
+from rclpy.client import Client
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.task import Future
+from rlrc.action import RunEpisode
+from rlrc.msg import GuardStatus, PolicyCommand, PolicyInfo, PolicyStatus
+from rlrc.srv import ListPolicies, LoadPolicy, StartRecording, StopRecording
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_srvs.srv import Trigger
+
+from rlrc_ros import execution
+from rlrc_ros.errors import UserError
+from rlrc_ros.execution import Episode, NotReady, PolicyStore
+from rlrc_ros.guard import STOPPED
+from rlrc_ros.messages.command import action_to_twist, policy_command
+from rlrc_ros.messages.observation import Gripper, ObservationBuffer
+from rlrc_ros.messages.stamps import to_stamp
+from rlrc_ros.nodes import common
+from rlrc_ros.vla import Observation, Policy, load_policy
+
+RECORDER_PATIENCE = 10.0
+"""s for the recorder to answer."""
+LONGEST_EPISODE = 3600.0
+
+
+class PolicyNode(LifecycleNode):
+    """Observations in, commands out."""
+
+    def __init__(self) -> None:
+        super().__init__("policy")
+        self._frame = common.text(self, "base_frame", "base_link", "frame of the commands")
+        self._given = common.texts(self, "policies", "bundles to load, each as label=directory")
+        self._device = common.text(self, "device", "cpu", "where policies run, as torch names it")
+        self._engine = common.text(self, "engine", "auto", "auto, eager or unrolled")
+        threads = common.integer(self, "threads", 1, "threads of a policy on the CPU", 1, 64)
+        self._blind = common.flag(self, "blind", False, "publish no hash that names a policy")
+        skew = common.number(
+            self, "max_skew", 0.15, "s between the parts of an observation", 0.001, 2.0
+        )
+        self._gripper = Gripper(
+            joint=common.text(self, "gripper_joint", "finger_joint", "tells the gripper's opening"),
+            closed=common.number(self, "gripper_closed", 0.0, "its position closed", -10.0, 10.0),
+            open=common.number(self, "gripper_open", 0.04, "its position open", -10.0, 10.0),
+        )
+        torch.set_num_threads(threads)
+        self._store = PolicyStore(self._load)
+        self._episode: Episode | None = None
+        self._done: Future[None] | None = None
+        self._problem = ""
+        self._listen_to_sensors(skew)
+
+        self._commands = self.create_publisher(PolicyCommand, "policy_command", common.COMMAND_QOS)
+        self._status = self.create_publisher(PolicyStatus, "~/status", 10)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)
+        self.create_service(LoadPolicy, "~/load_policy", self._on_load_policy)
+        self.create_service(ListPolicies, "~/list_policies", self._on_list_policies)
+        self.create_service(Trigger, "~/finish_episode", self._on_finish)
+        self._start_recording: Client[Any, Any] = self.create_client(
+            StartRecording, "recorder/start"
+        )
+        self._stop_recording: Client[Any, Any] = self.create_client(StopRecording, "recorder/stop")
+        self._server = ActionServer(
+            self,
+            RunEpisode,
+            "~/run_episode",
+            self._run_episode,
+            goal_callback=self._on_goal,
+            cancel_callback=self._on_cancel,
+        )
+        self.create_timer(1.0, self._report, clock=common.STEADY_CLOCK)
+        if common.flag(self, "autostart", False, "configure and activate without being asked"):
+            self._autostart = self.create_timer(0.0, self._start_by_itself)
+
+    def _listen_to_sensors(self, skew: float) -> None:
+        cameras = common.texts(
+            self, "cameras", "cameras, each as name=topic,raw|compressed,oldest age in s"
+        )
+        age = common.number(
+            self, "joint_states_max_age", 0.1, "oldest joint state that will do, s", 0.001, 2.0
+        )
+        joints = ObservationBuffer.JOINT_STATES
+        max_age, topics = {joints: age}, {joints: self.resolve_topic_name("joint_states")}
+        kinds = {}
+        for text in cameras:
+            name, _, rest = text.partition("=")
+            topic, kind, oldest = (*rest.split(","), "", "")[:3]
+            try:
+                max_age[name] = float(oldest or 0.2)
+                kinds[name] = {"raw": Image, "compressed": CompressedImage}[kind or "raw"]
+            except (KeyError, ValueError):
+                raise UserError(
+                    f"parameter cameras: '{text}' is not name=topic,raw|compressed,seconds"
+                ) from None
+            topics[name] = self.resolve_topic_name(topic)
+        self._buffer = ObservationBuffer(max_age, topics, skew)
+        for name, kind in kinds.items():
+            self.create_subscription(
+                kind, topics[name], partial(self._buffer.add, name), common.SENSOR_QOS
+            )
+        self.create_subscription(
+            JointState, "joint_states", partial(self._buffer.add, joints), common.SENSOR_QOS
+        )
+
+    # Lifecycle
+
+    def _start_by_itself(self) -> None:
+        self._autostart.cancel()
+        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load and warm up the policies."""
+        try:
+            for text in self._given:
+                label, _, path = text.partition("=")
+                if not label or not path:
+                    raise UserError(f"parameter policies: '{text}' is not label=directory")
+                began = time.monotonic()
+                policy = self._store.add(label, path)
+                self.get_logger().info(
+                    f"{label}: {policy.hash[:12]}, ready in {time.monotonic() - began:.1f} s"
+                )
+        except UserError as error:
+            self._problem = str(error)
+            self.get_logger().error(self._problem)
+            return TransitionCallbackReturn.FAILURE
+        self._problem = ""
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Take goals from now on."""
+        self.get_logger().info("ready for episodes")
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop the arm, then take no more goals."""
+        self.end_episode(execution.NODE_DEACTIVATED)
+        return super().on_deactivate(state)
+
+    def end_episode(self, reason: str, message: str = "") -> None:
+        """End the running episode, if any, and command a stop."""
+        if self._episode is not None and not self._episode.ended:
+            self._episode.end(reason, message)
+            self._command_stop(self._episode)
+
+    def _is_active(self) -> bool:
+        return self._state_machine.current_state[1] == "active"
+
+    def _load(self, path: str) -> Policy:
+        policy = load_policy(path, self._device, self._engine)  # type: ignore[arg-type]
+        policy.warm_up()
+        return policy
+
+    # Episodes
+
+    def _on_goal(self, _: RunEpisode.Goal) -> GoalResponse:
+        if not self._is_active():
+            self.get_logger().warning("goal refused: the node is not active")
+            return GoalResponse.REJECT
+        if self._done is not None:
+            self.get_logger().warning("goal refused: an episode is running")
+            return GoalResponse.REJECT
+        self._done = Future(executor=self.executor)
+        return GoalResponse.ACCEPT
+
+    def _on_cancel(self, _: Any) -> CancelResponse:
+        self.end_episode(execution.OPERATOR_STOP, "the goal was cancelled")
+        return CancelResponse.ACCEPT
+
+    def _on_finish(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        response.success = self._episode is not None and not self._episode.ended
+        response.message = "" if response.success else "no episode is running"
+        self.end_episode(execution.FINISHED)
+        return response
+
+    def _on_guard(self, status: GuardStatus) -> None:
+        if status.state == STOPPED:
+            self.end_episode(execution.GUARD_STOP, status.reason)
+
+    async def _run_episode(self, handle: Any) -> RunEpisode.Result:
+        result = RunEpisode.Result(outcome="unlabelled")
+        recording = False
+        try:
+            episode = self._prepare(handle.request)
+            result.episode_id = episode.episode_id
+            if handle.request.record:
+                result.bag_uri = await self._record(episode)
+                recording = True
+            await self._act(episode, handle)
+            self._tell(episode, result)
+        except UserError as error:
+            result.termination_reason, result.message = execution.POLICY_ERROR, str(error)
+        finally:
+            self._episode = self._done = None
+        if recording:
+            await self._end_recording(result)
+        if handle.is_cancel_requested:
+            handle.canceled()
+        elif result.termination_reason in (execution.FINISHED, execution.TIMEOUT):
+            handle.succeed()
+        else:
+            handle.abort()
+        self.get_logger().info(
+            f"{result.episode_id}: {result.termination_reason} {result.message} "
+            f"({result.steps} steps, p50 {result.latency_ms_p50:.1f} ms)"
+        )
+        return result
+
+    def _prepare(self, goal: RunEpisode.Goal) -> Episode:
+        """A new episode; raises UserError for a goal that makes no sense."""
+        if not self._store.resident:
+            raise UserError("no policy is loaded; call ~/load_policy")
+        policy = self._store.activate(goal.policy_label or self._store.active)
+        policy.processor.token_ids(goal.instruction)
+        if not 0 < goal.max_duration <= LONGEST_EPISODE:
+            raise UserError(
+                f"max_duration is {goal.max_duration:g} s; it must be above 0 and at most "
+                f"{LONGEST_EPISODE:g} s"
+            )
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        return Episode(
+            goal.episode_id or f"{stamp}-{secrets.token_hex(3)}",
+            goal.instruction,
+            self._store.active,
+            policy,
+            goal.max_duration,
+            look=partial(self._look, policy, goal.instruction),
+            command=self._send,
+            clock_ns=self._now_ns,
+        )
+
+    async def _act(self, episode: Episode, handle: Any) -> None:
+        """Step at the policy's rate until the episode ends; then stop the arm."""
+        done = self._done
+        assert done is not None
+        self._buffer.forget()
+        self._episode = episode
+
+        def tick() -> None:
+            episode.tick()
+            self._publish_status()
+            rate = len(episode.statistics.totals_ms) / max(episode.elapsed, 1e-3)
+            handle.publish_feedback(
+                RunEpisode.Feedback(
+                    step=episode.statistics.steps,
+                    rate=rate,
+                    observation_age=episode.statistics.observation_age,
+                )
+            )
+            if episode.ended and not episode.busy and not done.done():
+                done.set_result(None)
+
+        timer = self.create_timer(
+            1 / episode.policy.config.control_rate, tick, clock=common.STEADY_CLOCK
+        )
+        await done
+        self.destroy_timer(timer)
+        episode.close()
+        self._command_stop(episode)
+
+    def _look(self, policy: Policy, instruction: str) -> tuple[Observation, int]:
+        try:
+            snapshot = self._buffer.snapshot(policy.config, self._now_ns())
+        except UserError as error:
+            raise NotReady(str(error)) from None
+        return snapshot.decode(policy.config, self._gripper, instruction), snapshot.oldest_ns
+
+    def _send(self, action: NDArray[np.float64], stamp_ns: int, step: int) -> None:
+        episode = self._episode
+        assert episode is not None
+        twist, gripper = action_to_twist(action, episode.policy.config.control_rate)
+        self._last_gripper = gripper
+        self._publish_command(episode, twist, gripper, stamp_ns, step)
+
+    def _command_stop(self, episode: Episode) -> None:
+        """Command zero speed, the gripper as it was, if anything was commanded at all."""
+        if episode.statistics.steps:
+            steps = episode.statistics.steps
+            self._publish_command(episode, np.zeros(6), self._last_gripper, self._now_ns(), steps)
+
+    def _publish_command(
+        self,
+        episode: Episode,
+        twist: NDArray[np.float64],
+        gripper: float,
+        stamp_ns: int,
+        step: int,
+    ) -> None:
+        command = policy_command(
+            twist,
+            gripper,
+            stamp=self.get_clock().now().to_msg(),
+            observation_stamp=to_stamp(stamp_ns),
+            frame_id=self._frame,
+            policy_label=episode.label,
+            episode_id=episode.episode_id,
+            step=step,
+        )
+        self._commands.publish(command)
+
+    def _tell(self, episode: Episode, result: RunEpisode.Result) -> None:
+        statistics = episode.statistics
+        result.termination_reason, result.message = episode.termination_reason, episode.message
+        result.steps = statistics.steps
+        result.deadline_misses = statistics.deadline_misses
+        result.skipped_steps = statistics.skipped_steps
+        result.latency_ms_p50 = statistics.percentile(50)
+        result.latency_ms_p99 = statistics.percentile(99)
+
+    async def _record(self, episode: Episode) -> str:
+        request = StartRecording.Request(
+            episode_id=episode.episode_id,
+            instruction=episode.instruction,
+            policy_label=episode.label,
+            bundle_hash=episode.policy.hash,
+        )
+        response = await self._ask(self._start_recording, request)
+        if not response.success:
+            raise UserError(f"the recorder: {response.message}")
+        return response.uri
+
+    async def _end_recording(self, result: RunEpisode.Result) -> None:
+        request = StopRecording.Request(termination_reason=result.termination_reason)
+        try:
+            response = await self._ask(self._stop_recording, request)
+            result.bag_uri = response.uri
+            problem = "" if response.success else response.message
+        except UserError as error:
+            problem = str(error)
+        if problem:
+            result.message = "; ".join(filter(None, [result.message, f"recording: {problem}"]))
+
+    async def _ask(self, client: Any, request: Any) -> Any:
+        """Call a service of the recorder's; raises UserError where it is missing or silent."""
+        if not client.service_is_ready():
+            raise UserError(
+                f"there is no {client.srv_name}; start recorder_node, or set record to false"
+            )
+        future = client.call_async(request)
+        timer = self.create_timer(RECORDER_PATIENCE, future.cancel, clock=common.STEADY_CLOCK)
+        response = await future
+        self.destroy_timer(timer)
+        if response is None:
+            raise UserError(f"{client.srv_name} did not answer within {RECORDER_PATIENCE:g} s")
+        return response
+
+    # Policies
+
+    def _on_load_policy(
+        self, request: LoadPolicy.Request, response: LoadPolicy.Response
+    ) -> LoadPolicy.Response:
+        began = time.monotonic()
+        try:
+            if self._done is not None:
+                raise UserError("an episode is running; policies are swapped between episodes")
+            if request.policy:
+                name = request.label or request.policy.rstrip("/").rpartition("/")[2]
+                policy = self._store.add(name, request.policy)
+            else:
+                policy = self._store.activate(request.label)
+        except UserError as error:
+            response.message = str(error)
+            return response
+        response.success, response.message = True, f"'{self._store.active}' is active"
+        response.bundle_hash = self._hash(policy)
+        response.seconds = time.monotonic() - began
+        return response
+
+    def _on_list_policies(
+        self, _: ListPolicies.Request, response: ListPolicies.Response
+    ) -> ListPolicies.Response:
+        response.policies = [
+            PolicyInfo(
+                label=label,
+                bundle_hash=self._hash(policy),
+                loaded=True,
+                active=label == self._store.active,
+                parameters=policy.parameters["total"],
+                weight_bytes=policy.weight_bytes()["total"],
+                control_rate=policy.config.control_rate,
+            )
+            for label, policy in self._store.resident.items()
+        ]
+        return response
+
+    # Reports
+
+    def _report(self) -> None:
+        if self._episode is None:
+            self._publish_status()
+        active = self._is_active()
+        level = DiagnosticStatus.OK if active else DiagnosticStatus.WARN
+        message = self._problem or ("ready" if active else "not active")
+        if self._problem:
+            level = DiagnosticStatus.ERROR
+        values: dict[str, object] = {"policies": ", ".join(self._store.resident)}
+        if self._episode is not None:
+            statistics = self._episode.statistics
+            message = f"running {self._episode.episode_id}"
+            values |= {"steps": statistics.steps, "deadline misses": statistics.deadline_misses}
+            values |= {"skipped steps": statistics.skipped_steps}
+            if statistics.skip_reason:
+                level, message = DiagnosticStatus.WARN, statistics.skip_reason
+        self._diagnostics.publish(common.diagnostics(self, level, message, values))
+
+    def _publish_status(self) -> None:
+        status = PolicyStatus(state="idle", policy_label=self._store.active)
+        status.header.stamp = self.get_clock().now().to_msg()
+        episode = self._episode
+        if episode is not None:
+            statistics = episode.statistics
+            status.state, status.policy_label = "running", episode.label
+            status.bundle_hash = self._hash(episode.policy)
+            status.episode_id, status.instruction = episode.episode_id, episode.instruction
+            status.step = statistics.steps
+            status.observation_age = statistics.observation_age
+            status.preprocess_ms = statistics.last_ms.get("preprocess", 0.0)
+            status.inference_ms = statistics.last_ms.get("inference", 0.0)
+            status.total_ms = statistics.last_ms.get("total", 0.0)
+            status.total_ms_p50 = statistics.percentile(50)
+            status.total_ms_p99 = statistics.percentile(99)
+            status.deadline_misses = statistics.deadline_misses
+            status.skipped_steps = statistics.skipped_steps
+            status.skip_reason = statistics.skip_reason
+        self._status.publish(status)
+
+    def _hash(self, policy: Policy) -> str:
+        return "" if self._blind else policy.hash
+
+    def _now_ns(self) -> int:
+        return self.get_clock().now().nanoseconds
+
+
+def main() -> int:
+    """Run the node."""
+    return common.run(
+        PolicyNode, lambda node: node.end_episode(execution.NODE_DEACTIVATED, "shutdown")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

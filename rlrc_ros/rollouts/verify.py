@@ -1,0 +1,207 @@
+"""Is a bag whole, does it say the same everywhere, and what is in it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.rollouts import episode as episodes
+from rlrc_ros.rollouts import metadata
+from rlrc_ros.rollouts.bag import open_bag
+from rlrc_ros.rollouts.mcap_file import Index, scan
+from rlrc_ros.rollouts.recording import PARTIAL
+from rlrc_ros.schema import read_yaml
+
+GAP_FACTOR = 2.5
+"""An interval longer than this many median intervals of its topic is a gap."""
+_FEWEST = 10
+"""Messages below which a topic has no rate that could have gaps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopicReport:
+    """A topic's messages by the times they were received at."""
+
+    topic: str
+    type: str
+    messages: int
+    rate: float
+    """Hz, over the time from its first to its last message; 0 below two messages."""
+    longest_interval: float
+    """s."""
+    gaps: int
+    """Intervals longer than `GAP_FACTOR` median intervals; 0 below ten messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagReport:
+    """What `verify` found."""
+
+    uri: str
+    ok: bool
+    problems: list[str]
+    """What is wrong with the bag, one line each."""
+    losses: list[str]
+    """What happened and is not in the bag, though the bag be whole; one line each."""
+    messages: int
+    duration: float
+    """s."""
+    bytes: int
+    topics: list[TopicReport]
+    episode: episodes.Episode | None
+    """None where there is no episode.json, as in bags of other recorders."""
+
+
+def verify(uri: str | Path) -> BagReport:
+    """Read a bag through, checksums included.
+
+    Args:
+        uri: The bag's directory.
+
+    Raises:
+        UserError: There is no such bag at all.
+    """
+    directory = Path(uri)
+    files = mcap_files(directory)
+    problems: list[str] = []
+    indexes: dict[str, Index] = {}
+    for file in files:
+        found = scan(file)
+        indexes[file.name] = found.index
+        if found.problem:
+            whole = sum(found.index.counts.values())
+            problem = f"{file.name} is truncated or damaged: {found.problem};"
+            problems.append(_to_repair(directory, f"{problem} {whole} messages are whole"))
+    if directory.name.endswith(PARTIAL) and not problems:
+        problems.append(_to_repair(directory, "its recording was cut off or is still going on"))
+    counts = _counts(indexes)
+    episode = None
+    if (directory / episodes.FILE).exists():
+        try:
+            episode = episodes.read_episode(directory)
+        except UserError as error:
+            problems.append(str(error))
+    if not problems:
+        problems += _unreadable(directory) + _differences_to_metadata(directory, counts)
+        problems += _differences_to_episode(directory, episode, counts) if episode else []
+    spans = [index.span for index in indexes.values() if index.span != (0, 0)]
+    return BagReport(
+        uri=str(directory),
+        ok=not problems,
+        problems=problems,
+        losses=_losses(episode) if episode else [],
+        messages=sum(counts.values()),
+        duration=(max(s[1] for s in spans) - min(s[0] for s in spans)) * 1e-9 if spans else 0.0,
+        bytes=sum(file.stat().st_size for file in files),
+        topics=_topics(indexes),
+        episode=episode,
+    )
+
+
+def mcap_files(directory: Path) -> list[Path]:
+    """The MCAP files of a bag's directory, in the order of their names' numbers.
+
+    Raises:
+        UserError: It is no directory, or has none.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: there is no such bag directory")
+    files = sorted(directory.glob("*.mcap"), key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise UserError(f"{directory} is not a bag: it has no .mcap file")
+    return files
+
+
+def _to_repair(directory: Path, problem: str) -> str:
+    return f"{problem}: `rlrc bag repair {directory}`"
+
+
+def _counts(indexes: dict[str, Index]) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for index in indexes.values():
+        for topic, (_, count) in index.topics().items():
+            counts[topic] += count
+    return dict(counts)
+
+
+def _unreadable(directory: Path) -> list[str]:
+    """Topics whose first message does not deserialise with the definition in the bag."""
+    problems = []
+    try:
+        with open_bag(directory) as reader:
+            for connection in reader.connections:
+                try:
+                    for _, _, data in reader.messages([connection]):
+                        reader.deserialize(data, connection.msgtype)
+                        break
+                # rosbags lets through whatever its generated code raises
+                except Exception as error:
+                    problems.append(f"{connection.topic} ({connection.msgtype}): {error}")
+    except UserError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _differences_to_metadata(directory: Path, counts: dict[str, int]) -> list[str]:
+    try:
+        information = read_yaml(directory / metadata.FILE)["rosbag2_bagfile_information"]
+        says: dict[str, int] = defaultdict(int)
+        for topic in information["topics_with_message_count"]:
+            says[topic["topic_metadata"]["name"]] += topic["message_count"]
+    except (UserError, KeyError, TypeError) as error:
+        return [f"{metadata.FILE} cannot be used: {error}"]
+    return _differences(metadata.FILE, says, counts)
+
+
+def _differences_to_episode(
+    directory: Path, episode: episodes.Episode, counts: dict[str, int]
+) -> list[str]:
+    problems = _differences(episodes.FILE, episode.message_counts, counts)
+    if episode.episode_id != directory.resolve().name:
+        problems.append(f"{episodes.FILE} is of another episode: {episode.episode_id}")
+    return problems
+
+
+def _losses(episode: episodes.Episode) -> list[str]:
+    losses = [episode.recording_error] if episode.recording_error else []
+    for topic, dropped in episode.dropped_messages.items():
+        losses.append(f"{topic}: {dropped} messages were dropped, the disk was too slow")
+    for topic, why in episode.unrecorded_topics.items():
+        losses.append(f"{topic} was not recorded: {why}")
+    return losses
+
+
+def _differences(file: str, says: dict[str, int], counts: dict[str, int]) -> list[str]:
+    return [
+        f"{file} says {says.get(topic, 0)} messages of {topic}, there are {counts.get(topic, 0)}"
+        for topic in sorted({*says, *counts})
+        if says.get(topic, 0) != counts.get(topic, 0)
+    ]
+
+
+def _topics(indexes: dict[str, Index]) -> list[TopicReport]:
+    times: dict[str, list[int]] = defaultdict(list)
+    types: dict[str, str] = {}
+    for index in indexes.values():
+        for channel_id, channel in index.channels.items():
+            types[channel.topic] = channel.type_name
+            times[channel.topic] += index.times(channel_id)
+    return [_topic(topic, types[topic], np.array(times[topic])) for topic in sorted(types)]
+
+
+def _topic(topic: str, type_name: str, times: np.ndarray) -> TopicReport:
+    intervals = np.diff(np.sort(times)) * 1e-9
+    span = float(intervals.sum())
+    enough = len(times) >= _FEWEST
+    return TopicReport(
+        topic=topic,
+        type=type_name,
+        messages=len(times),
+        rate=len(intervals) / span if span else 0.0,
+        longest_interval=float(intervals.max(initial=0.0)),
+        gaps=int((intervals > GAP_FACTOR * np.median(intervals)).sum()) if enough else 0,
+    )

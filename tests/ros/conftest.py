@@ -1,0 +1,193 @@
+"""Real nodes as real processes over real DDS, in a domain of this test session's own."""
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("rclpy") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    import rclpy
+    from rclpy.executors import SingleThreadedExecutor
+
+    from rlrc_ros.bringup import TRANSPORT_ENVIRONMENT
+
+BIN = Path(sys.executable).parent
+DISCOVERY_TIME = 20.0
+"""How long processes may take to start and to find each other on a busy machine, in s."""
+
+
+@pytest.fixture(scope="session")
+def ros_environment(tmp_path_factory):
+    """Environment variables for every process of this session, set in this one too."""
+    with contextlib.ExitStack() as stack:
+        variables = {
+            **TRANSPORT_ENVIRONMENT,
+            "ROS_DOMAIN_ID": str(_free_domain(stack)),
+            "ROS_LOG_DIR": str(tmp_path_factory.mktemp("ros_log")),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+        }
+        before = dict(os.environ)
+        os.environ.update(variables)
+        yield variables
+        for name in variables:
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def _free_domain(stack):
+    """A domain no other test session on this machine has; from 102 on ports may collide."""
+    for domain in range(1, 102):
+        path = Path(tempfile.gettempdir()) / f"rlrc_test_domain_{domain}.lock"
+        lock = stack.enter_context(path.open("w"))
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return domain
+    pytest.fail("101 test sessions hold every ROS domain")
+
+
+class Process:
+    """A process and what it has printed."""
+
+    def __init__(self, command, log, **keywords):
+        self.log = log
+        with log.open("w") as file:
+            self.popen = subprocess.Popen(
+                [str(word) for word in command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                **keywords,
+            )
+
+    @property
+    def pid(self):
+        return self.popen.pid
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+    def send(self, number):
+        self.popen.send_signal(number)
+
+    def wait(self, timeout=10.0):
+        """The exit status."""
+        return self.popen.wait(timeout)
+
+    def stop(self):
+        """SIGINT, as from a launch file; the exit status."""
+        self.send(signal.SIGINT)
+        return self.wait()
+
+    def kill(self):
+        """SIGINT, or else SIGABRT, which prints where it hangs, or else SIGKILL.
+
+        A killed process leaves shared memory of Fast DDS's behind.
+        """
+        for number in (signal.SIGINT, signal.SIGABRT):
+            self.send(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.wait(5.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.popen.wait()
+
+
+@pytest.fixture
+def start(ros_environment, tmp_path):
+    """start(executable or words, parameters, …) → Process; all of them die with the test."""
+    processes = []
+
+    def start(command, parameters=None, environment=None, remappings=None, **keywords):
+        words = [BIN / command] if isinstance(command, str) else list(command)
+        if isinstance(command, str):
+            words.append("--ros-args")
+            for name, value in (parameters or {}).items():
+                words += ["-p", f"{name}:={value}"]
+            for name, other in (remappings or {}).items():
+                words += ["-r", f"{name}:={other}"]
+        variables = os.environ | ros_environment | (environment or {})
+        log = tmp_path / f"process_{len(processes)}.log"
+        processes.append(Process(words, log, env=variables, **keywords))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        print(f"--- {process.popen.args}: {process.popen.returncode}\n{process.output}")
+
+
+class Tester:
+    """A node in the test's own process."""
+
+    def __init__(self):
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, signal_handler_options=rclpy.SignalHandlerOptions.NO)
+        self.node = rclpy.create_node("tester", context=self.context)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+
+    def close(self):
+        self.executor.shutdown()
+        self.node.destroy_node()
+        self.context.try_shutdown()
+
+    def spin(self, seconds):
+        """Serve callbacks for so long."""
+        self.until(lambda: False, seconds)
+
+    def until(self, condition, timeout=DISCOVERY_TIME):
+        """Serve callbacks until the condition holds; whether it came to hold in time."""
+        end = time.monotonic() + timeout
+        while not (held := condition()) and (left := end - time.monotonic()) > 0:
+            self.executor.spin_once(timeout_sec=min(left, 0.02))
+        return held
+
+    def collect(self, type_, topic, qos=10):
+        """A list that fills with (time.monotonic(), message)."""
+        messages = []
+        self.node.create_subscription(
+            type_, topic, lambda message: messages.append((time.monotonic(), message)), qos
+        )
+        return messages
+
+    def publisher(self, type_, topic, qos=10):
+        """A publisher that somebody listens to."""
+        publisher = self.node.create_publisher(type_, topic, qos)
+        assert self.until(lambda: publisher.get_subscription_count() > 0), f"nobody hears {topic}"
+        return publisher
+
+    def published(self, topic, publishers=1):
+        """Wait until so many publish the topic, and give the endpoints time to match."""
+        assert self.until(lambda: self.node.count_publishers(topic) >= publishers), topic
+        self.spin(0.1)
+
+    def call(self, type_, name, **fields):
+        """The response of a service."""
+        client = self.node.create_client(type_, name)
+        assert self.until(client.service_is_ready), f"there is no service {name}"
+        future = client.call_async(type_.Request(**fields))
+        assert self.until(future.done), f"{name} did not answer"
+        self.node.destroy_client(client)
+        return future.result()
+
+
+@pytest.fixture
+def ros(ros_environment):
+    """A Tester."""
+    tester = Tester()
+    yield tester
+    tester.close()
