@@ -41,7 +41,7 @@ def mend_wheels() -> int:
     for file in (PREFIX / "share").glob("*/cmake/*.cmake"):
         text = mended = file.read_text()
         for pattern, ours in replacements:
-            mended = re.sub(pattern, lambda _, ours=ours: ours, mended)
+            mended = re.sub(pattern, ours.replace("\\", r"\\"), mended)
         if mended != text:
             file.write_text(mended)
             changed += 1

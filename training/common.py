@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +20,16 @@ from torch import Tensor
 def cpu_count() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def fork_server() -> multiprocessing.context.BaseContext:
+    """Where worker processes come from: forked from one that has the slow imports behind it.
+
+    The simulator is among them; its renderer connects to the GPU when first used, after the fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.data.collect"])
+    return context
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -29,7 +29,7 @@ from training.bundles import Trainable, load_trainable, new_trainable
 from training.common import pick_device, seed_everything
 from training.config import CompressConfig
 from training.data.collect import collect_demonstrations
-from training.data.demonstrations import read
+from training.data.demonstrations import Demonstrations, join, read
 from training.evaluate import EpisodeResult, Evaluation, evaluate, summarise
 
 Say = Callable[[str], None]
@@ -49,6 +49,7 @@ class Pipeline:
         self.config, self.out, self.say = config, out, say
         self.device = pick_device(device)
         self._latency = config.demonstrations.latency
+        self._read: dict[Path, Demonstrations] = {}
         out.mkdir(parents=True, exist_ok=True)
         self._claim()
 
@@ -90,12 +91,15 @@ class Pipeline:
         seeds = [f"rl-seed-{seed}" for seed in self.config.rl.seeds]
         return ["original", "pruned", "recovered", *seeds, "compressed"]
 
-    def _data(self, *stages: str) -> list[Path]:
+    def _data(self, *stages: str) -> Demonstrations:
         """The demonstrations, and the corrections that some stages collected."""
-        corrections = [
-            p for s in stages for p in sorted((self.out / "work" / s).glob("corrections-?"))
-        ]
-        return [self.out / "demonstrations", *corrections]
+        places = [self.out / "demonstrations"]
+        for stage in stages:
+            places += sorted((self.out / "work" / stage).glob("corrections-?"))
+        for place in places:
+            if place not in self._read:
+                self._read[place] = read(place)
+        return join([self._read[place] for place in places])
 
     def _bundle(
         self, name: str, parent: str | None, stage: Callable[[Trainable], dict[str, Any]]
@@ -109,7 +113,7 @@ class Pipeline:
         if parent:
             trainable = load_trainable(self.out / parent, self.device)
         else:
-            trainable = new_trainable(self.config.model, read(self._data()), self.device)
+            trainable = new_trainable(self.config.model, self._data(), self.device)
         facts = stage(trainable)
         trainable.save(place, name, **facts)
         shutil.rmtree(self.out / "work" / name / "checkpoint", ignore_errors=True)
@@ -126,7 +130,7 @@ class Pipeline:
         return self._sft(self.config.recovery, trainable, "recovered", self._data("original"))
 
     def _sft(
-        self, config: Any, trainable: Trainable, name: str, data: list[Path]
+        self, config: Any, trainable: Trainable, name: str, data: Demonstrations
     ) -> dict[str, Any]:
         work = self.out / "work" / name
         return sft.run(

@@ -14,7 +14,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from rlrc_ros.vla.openvla import OpenVLA, layer_widths
 from training.bundles import Trainable
 from training.common import seed_everything
 from training.config import PruneConfig
-from training.data.demonstrations import read
+from training.data.demonstrations import Demonstrations
 from training.sft import DemonstrationBatches, bc_loss
 
 
@@ -223,11 +222,16 @@ def _quiet() -> Iterator[None]:
 
 
 def run(
-    config: PruneConfig, trainable: Trainable, data: list[Path], *, seed: int, device: torch.device
+    config: PruneConfig,
+    trainable: Trainable,
+    data: Demonstrations,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Prune with gradients of the SFT loss over demonstrations; returns the stage's facts."""
     seed_everything(seed)
-    batches = DemonstrationBatches(read(data), trainable.processor, trainable.codec, device)
+    batches = DemonstrationBatches(data, trainable.processor, trainable.codec, device)
     chosen = prune(trainable.model, batches, config)
     return {
         "seed": seed,

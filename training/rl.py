@@ -45,7 +45,7 @@ from training.common import (
     save_checkpoint,
 )
 from training.config import RlConfig
-from training.data.demonstrations import read
+from training.data.demonstrations import Demonstrations
 from training.envs.vector import make_vector
 from training.rollout import Batcher, Decoder
 from training.sft import DemonstrationBatches, bc_loss
@@ -333,7 +333,7 @@ def _value_loss(values: Tensor, old_values: Tensor, returns: Tensor, config: RlC
 def run(
     config: RlConfig,
     trainable: Trainable,
-    data: list[Path],
+    data: Demonstrations,
     *,
     seed: int,
     device: torch.device,
@@ -342,8 +342,9 @@ def run(
 ) -> dict[str, Any]:
     """Train in place, resuming from `work` where an earlier run was killed.
 
-    Returns the stage's facts. Everything is float32: log-probabilities of the sampled tokens, taken with the KV cache, must
-    equal the teacher-forced ones for the ratio to start at 1, and in bfloat16 they do not.
+    Returns the stage's facts. Everything is float32: log-probabilities of the sampled tokens, taken
+    with the KV cache, must equal the teacher-forced ones for the ratio to start at 1, and in
+    bfloat16 they do not.
     """
     work.mkdir(parents=True, exist_ok=True)
     processor, codec = trainable.processor, trainable.codec
@@ -354,7 +355,7 @@ def run(
         TokenPolicy,
         TokenActions(venv, codec),
         config,
-        DemonstrationBatches(read(data), processor, codec, device),
+        DemonstrationBatches(data, processor, codec, device),
         work,
         policy_kwargs={
             "model": trainable.model,

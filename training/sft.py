@@ -41,7 +41,7 @@ from training.common import (
 )
 from training.config import SftConfig
 from training.data.collect import collect_corrections
-from training.data.demonstrations import Demonstrations, read
+from training.data.demonstrations import Demonstrations, join, read
 from training.rollout import Actor
 
 
@@ -186,7 +186,8 @@ class Trainer:
             betas=(0.9, 0.95),
             fused=device.type == "cuda",
         )
-        self._average = {name: value.clone() for name, value in model.state_dict().items()}
+        self._current = model.state_dict()
+        self._average = {name: value.clone() for name, value in self._current.items()}
         self._step = 0
         work.mkdir(parents=True, exist_ok=True)
         self._restore()
@@ -237,8 +238,8 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         # Early on the average follows faster, or it would remember the initial weights.
         decay = min(config.average, (1 + self._step) / (10 + self._step))
-        current = list(self._model.state_dict().values())
-        torch._foreach_lerp_(list(self._average.values()), current, 1 - decay)
+        averages, current = list(self._average.values()), list(self._current.values())
+        torch._foreach_lerp_(averages, current, 1 - decay)
         return losses
 
     def _correct(self, first: int) -> None:
@@ -246,7 +247,7 @@ class Trainer:
         for number, corrections in enumerate(self._config.corrections):
             due = corrections.at_step
             if self._rebuild and (self._step == due or due < self._step == first):
-                current = {k: v.clone() for k, v in self._model.state_dict().items()}
+                current = {name: value.clone() for name, value in self._current.items()}
                 self._model.load_state_dict(self._average)
                 self._batches = self._rebuild(number, self._model.eval())
                 self._model.load_state_dict(current)
@@ -285,7 +286,7 @@ def schedule(step: int, config: SftConfig) -> float:
 def run(
     config: SftConfig,
     trainable: Trainable,
-    data: list[Path],
+    data: Demonstrations,
     *,
     seed: int,
     device: torch.device,
@@ -299,9 +300,7 @@ def run(
     seed_everything(seed)
     processor, codec = trainable.processor, trainable.codec
 
-    def batches(rounds: int) -> DemonstrationBatches:
-        directories = data + [work / f"corrections-{i}" for i in range(rounds)]
-        return DemonstrationBatches(read(directories), processor, codec, device)
+    parts = [data]
 
     def rebuild(number: int, model: OpenVLA) -> DemonstrationBatches:
         place, wanted = work / f"corrections-{number}", config.corrections[number]
@@ -309,8 +308,10 @@ def run(
             environments = min(wanted.episodes, 8 * cpu_count())
             actor = Actor(model, processor, codec, device, environments)
             collect_corrections(place, actor, wanted.first_seed, wanted.episodes, latency)
-        return batches(number + 1)
+        parts.append(read(place))
+        return DemonstrationBatches(join(parts), processor, codec, device)
 
     began = time.perf_counter()
-    metrics = Trainer(trainable.model, batches(0), config, device, work, rebuild).run()
+    batches = DemonstrationBatches(data, processor, codec, device)
+    metrics = Trainer(trainable.model, batches, config, device, work, rebuild).run()
     return {"seed": seed, "seconds": time.perf_counter() - began, **asdict(config), **metrics}

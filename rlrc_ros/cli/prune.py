@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rlrc_ros.cli.stages import add_stage_arguments, run_stage
+from rlrc_ros.cli.stages import add_stage_arguments, demonstrations, run_stage
 
 HELP = "prune a policy's decoder: whole layers, then heads and feed-forward channels"
 
@@ -26,5 +26,5 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
 
     device = pick_device(arguments.device)
     return prune.run(
-        config.prune, trainable, arguments.demonstrations, seed=arguments.seed, device=device
+        config.prune, trainable, demonstrations(arguments), seed=arguments.seed, device=device
     )

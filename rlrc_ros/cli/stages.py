@@ -42,7 +42,6 @@ def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
     from training.bundles import load_trainable, new_trainable
     from training.common import pick_device, seed_everything
     from training.config import load_config
-    from training.data.demonstrations import read
 
     if arguments.out.exists():
         raise UserError(f"{arguments.out}: is there already; name another directory, or delete it")
@@ -52,7 +51,7 @@ def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
         trainable = load_trainable(arguments.policy, device)
     else:
         seed_everything(arguments.seed)
-        trainable = new_trainable(config.model, read(arguments.demonstrations), device)
+        trainable = new_trainable(config.model, demonstrations(arguments), device)
     facts = stage(arguments, config, trainable)
     bundle = trainable.save(arguments.out, name, **facts)
     emit(
@@ -61,6 +60,13 @@ def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
         _text(bundle.path, bundle.hash, facts),
     )
     return 0
+
+
+def demonstrations(arguments: argparse.Namespace) -> Any:
+    """Everything in the directories given."""
+    from training.data.demonstrations import join, read
+
+    return join([read(directory) for directory in arguments.demonstrations])
 
 
 def work_directory(arguments: argparse.Namespace) -> Path:

@@ -296,16 +296,20 @@ class World:
         """(3, 3, 3): the rotation matrices of `scene.objects`, in the base frame."""
         return self.data.geom_xmat[self._objects].reshape(N_OBJECTS, 3, 3)
 
-    def goal_positions(self) -> np.ndarray:
-        """(2, 3) metres, in the base frame: what the scene's instruction moves, and where to.
+    def grounding(self) -> np.ndarray:
+        """Where the things are that words can mean: (18,) metres, in the base frame.
 
-        Of a stack, "where to" is the centre of the cube at the bottom.
+        Three for what the scene's instruction moves, three for where to (of a stack, the centre of
+        the cube at the bottom), and x and y of the thing of each colour, in alphabetical order.
         """
-        goal = self.scene.goal(self.scene.instruction)
-        centres = self.object_positions()
-        if goal.family == "stack":
-            return centres[[goal.object, goal.target]]
-        return np.stack([centres[goal.object], [*self.scene.targets[goal.target].position, 0.0]])
+        scene, centres = self.scene, self.object_positions()
+        goal = scene.goal(scene.instruction)
+        stacked = goal.family == "stack"
+        place = centres[goal.target] if stacked else (*scene.targets[goal.target].position, 0.0)
+        by_colour = {t.colour: t.position for t in scene.targets}
+        by_colour |= {t.colour: c[:2] for t, c in zip(scene.objects, centres, strict=True)}
+        spots = [by_colour[colour] for colour in sorted(by_colour)]
+        return np.concatenate([centres[goal.object], place, *spots])
 
     def table_state(self) -> TableState:
         """What the success predicates look at."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
-from training.common import cpu_count
+from training.common import cpu_count, fork_server
 from training.config import DemonstrationsConfig, load_config
 from training.data.demonstrations import Episode, encode_png, write_shard
 from training.envs.vector import make_vector
@@ -41,9 +40,8 @@ def collect_demonstrations(
     chunks = [seeds[i : i + EPISODES_PER_SHARD] for i in range(0, len(seeds), EPISODES_PER_SHARD)]
     jobs = [(out / f"shard-{i:05d}.safetensors", chunk, config) for i, chunk in enumerate(chunks)]
     jobs = [job for job in jobs if not job[0].exists()]
-    context = multiprocessing.get_context("forkserver")
     with (
-        ProcessPoolExecutor(workers or cpu_count(), mp_context=context) as pool,
+        ProcessPoolExecutor(workers or cpu_count(), mp_context=fork_server()) as pool,
         tqdm(
             total=len(chunks), initial=len(chunks) - len(jobs), desc="demonstrations", unit="shard"
         ) as bar,
@@ -69,7 +67,7 @@ def _record_episode(env: TabletopEnv, seed: int, config: DemonstrationsConfig) -
     ended = success = False
     while not ended:
         label = expert_action(env.world)
-        png, grounding = encode_png(observation["image"]), env.world.goal_positions()
+        png, grounding = encode_png(observation["image"]), env.world.grounding()
         recording.add(png, observation["proprioception"], label, grounding)
         observation, _, success, truncated, _ = env.step(_disturb(label, strength, config, rng))
         ended = success or truncated
@@ -112,7 +110,7 @@ class _Recording:
         grounding: NDArray[np.float64],
     ) -> None:
         self._images.append(png)
-        self._steps.append((proprioception, action, grounding.ravel()))
+        self._steps.append((proprioception, action, grounding))
 
     def episode(self, **facts: Any) -> Episode:
         columns = zip(*self._steps, strict=True)

@@ -31,9 +31,8 @@ class Episode:
         images: T frames as PNG files.
         proprioception: (T, P) float32.
         actions: (T, D) float32, what the expert did or would have done.
-        grounding: (T, G) float32, what the instruction speaks of, where the simulator tells: the
-            positions (m, base frame) of what is to be moved and of where to. NaN where nobody
-            knows.
+        grounding: (T, G) float32, where the things are that words can mean, m in the base frame;
+            the simulator tells. NaN where nobody knows.
         facts: seed, family, instruction, success, and so on.
     """
 
@@ -91,19 +90,15 @@ class Demonstrations:
         return len(self.actions)
 
 
-def read(directories: Sequence[Path]) -> Demonstrations:
-    """Load every shard of some directories.
+def read(directory: Path) -> Demonstrations:
+    """Load every shard of a directory.
 
     Raises:
         UserError: there is none, or one is damaged.
     """
-    paths = [
-        path for directory in directories for path in sorted(directory.glob("shard-*.safetensors"))
-    ]
+    paths = sorted(directory.glob("shard-*.safetensors"))
     if not paths:
-        raise UserError(
-            f"{', '.join(map(str, directories))}: no demonstrations there (shard-*.safetensors)"
-        )
+        raise UserError(f"{directory}: no demonstrations there (shard-*.safetensors)")
     with ThreadPoolExecutor() as pool:
         shards = list(pool.map(_read_shard, paths))
     episodes = [facts for shard in shards for facts in shard.facts]
@@ -117,6 +112,24 @@ def read(directories: Sequence[Path]) -> Demonstrations:
         prompts=np.repeat(prompts, [facts["steps"] for facts in episodes]).astype(np.int64),
         instructions=instructions,
         episodes=episodes,
+    )
+
+
+def join(parts: Sequence[Demonstrations]) -> Demonstrations:
+    """Several sets of demonstrations as one."""
+    instructions = sorted({text for part in parts for text in part.instructions})
+    numbers = {text: i for i, text in enumerate(instructions)}
+    prompts = [
+        np.array([numbers[text] for text in part.instructions])[part.prompts] for part in parts
+    ]
+    return Demonstrations(
+        images=np.concatenate([part.images for part in parts]),
+        proprioception=np.concatenate([part.proprioception for part in parts]),
+        actions=np.concatenate([part.actions for part in parts]),
+        grounding=np.concatenate([part.grounding for part in parts]),
+        prompts=np.concatenate(prompts),
+        instructions=instructions,
+        episodes=[facts for part in parts for facts in part.episodes],
     )
 
 

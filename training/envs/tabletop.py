@@ -63,7 +63,7 @@ class SeededTabletop(gym.Env):
         """Take scenes from another list from the next reset on."""
         self._seeds = iter(seeds)
 
-    def reset(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # type: ignore[override]
+    def reset(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start the next seed's episode; what Gymnasium's reset takes is not used."""
         following = next(self._seeds, None)
         self._exhausted = following is None
@@ -95,6 +95,6 @@ class SeededTabletop(gym.Env):
         told |= {"family": self._env.world.scene.family, "instruction": self._instruction}
         if self._label:
             world = self._env.world
-            told |= {"expert_action": expert_action(world), "grounding": world.goal_positions()}
+            told |= {"expert_action": expert_action(world), "grounding": world.grounding()}
             told["png"] = encode_png(self._image)
         return told

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from training.common import fork_server
 from training.envs.tabletop import SeededTabletop
 
 
@@ -27,7 +27,5 @@ def make_vector(
     ]
     if environments == 1:
         return DummyVecEnv(makers)  # type: ignore[arg-type]
-    # The processes are forked from one that has the slow imports behind it. The simulator is not
-    # among them: its renderer may open a connection to the GPU on import, which must not be shared.
-    multiprocessing.set_forkserver_preload(["stable_baselines3.common.vec_env.subproc_vec_env"])
+    fork_server()
     return SubprocVecEnv(makers, start_method="forkserver")  # type: ignore[arg-type]
