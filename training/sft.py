@@ -265,11 +265,10 @@ class Trainer:
             return
         tensors, facts = saved
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self._learnt.load_state_dict(part("learnt."))
-        self._average = {k: v.to(self._device) for k, v in part("average.").items()}
+        learnt = {name: tensors[f"learnt.{name}"] for name in self._learnt.state_dict()}
+        self._learnt.load_state_dict(learnt)
+        for name, value in self._average.items():
+            value.copy_(tensors[f"average.{name}"])
         restore_optimizer(self._optimizer, tensors)
         restore_rng(tensors, self._device)
         self._step = facts["step"]

@@ -29,8 +29,6 @@ class TowerConfig:
     ffn: int
     patch: int
     image_size: int
-    stem: Literal["linear", "convolutional"] = "linear"
-    """How a patch becomes a token: one linear map, or 3 × 3 convolutions of stride 2."""
     mean: tuple[float, ...]
     """Subtracted from RGB in [0, 1]; one value a channel."""
     std: tuple[float, ...]

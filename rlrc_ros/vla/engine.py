@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.quantization import bitsandbytes, is_quantized, weight_bytes
 
@@ -44,11 +45,18 @@ class EagerEngine:
     @torch.inference_mode()
     def bins(self, inputs: Inputs) -> Tensor:
         """Greedy action bins, (B, action_tokens)."""
-        return self._model.generate(inputs)[0]
+        return _finite(*self._model.generate(inputs))
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part."""
         return {name: weight_bytes(part) for name, part in self._model.parts.items()}
+
+
+def _finite(bins: Tensor, _: Tensor, state: Tensor) -> Tensor:
+    """The bins, unless the state behind them is not finite: argmax takes NaN for a maximum."""
+    if not state.isfinite().all():
+        raise UserError("the policy's state is not finite; its weights or inputs are broken")
+    return bins
 
 
 class _Dense:
@@ -200,6 +208,7 @@ class Unrolled:
         for mine, layer in zip(self._layers, language_model.model.layers, strict=True):
             mine.refresh(layer)
 
+    @torch.no_grad()
     def __call__(
         self, inputs: Inputs, temperature: float = 0.0, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +264,7 @@ class UnrolledEngine:
         """Greedy action bins, (1, action_tokens)."""
         if len(inputs) != 1:
             raise ValueError("the unrolled engine takes one observation at a time")
-        return self._unrolled(inputs)[0]
+        return _finite(*self._unrolled(inputs))
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part."""

@@ -132,30 +132,10 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.proj = (
-            nn.Conv2d(3, config.width, config.patch, config.patch)
-            if config.stem == "linear"
-            else _convolutional_stem(config)
-        )
+        self.proj = nn.Conv2d(3, config.width, config.patch, config.patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.proj(pixels).flatten(2).transpose(1, 2)
-
-
-def _convolutional_stem(config: TowerConfig) -> nn.Sequential:
-    """Convolutions that halve the image until a patch is a pixel, their width doubling.
-
-    Vision transformers that train from nothing learn faster behind one (Xiao et al., arXiv
-    2106.14881).
-    """
-    layers: list[nn.Module] = []
-    halvings = config.patch.bit_length() - 1
-    before = 3
-    for i in reversed(range(halvings)):
-        width = config.width >> i
-        layers += [nn.Conv2d(before, width, 3, 2, 1), nn.GELU()]
-        before = width
-    return nn.Sequential(*layers, nn.Conv2d(before, config.width, 1))
 
 
 class VisionTower(nn.Module):
@@ -285,8 +265,9 @@ def _llama_config(decoder: DecoderConfig) -> LlamaConfig:
         head_dim=decoder.head_dim,
         intermediate_size=first.ffn,
         num_hidden_layers=len(decoder.layers),
-        num_attention_heads=first.heads,
-        num_key_value_heads=first.kv_heads,
+        # Heads differ between layers: `set_layer_widths` gives each its own.
+        num_attention_heads=1,
+        num_key_value_heads=1,
         rms_norm_eps=decoder.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta},
         max_position_embeddings=decoder.max_positions,

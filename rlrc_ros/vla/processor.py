@@ -116,6 +116,8 @@ class Processor:
 
     def pixel_values(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
         """(B, H, W, 3) uint8 of the towers' size -> (B, 3 × towers, H, W) float32, normalised."""
+        if isinstance(images, np.ndarray) and not images.flags.writeable:
+            images = images.copy()  # from a message; torch wants to be able to write
         pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
         towers = []
         for tower in self.config.architecture.towers:

@@ -124,6 +124,9 @@ def _linear4bit(linear: nn.Linear, weight: Tensor, bias: nn.Parameter | None) ->
             linear.in_features, linear.out_features, bias=False, quant_type="nf4"
         )
     module.weight, module.bias = weight, bias
+    # Where the CPU has AVX512-BF16, bitsandbytes would repack the weights at their first use and go
+    # on in bfloat16, whatever the inputs are: a policy would act differently on different machines.
+    module.support_avx512bf16_for_cpu = False
     return module
 
 

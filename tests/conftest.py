@@ -1,0 +1,97 @@
+"""Small policies with random weights, real in every part."""
+
+import os
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+
+import numpy as np
+import pytest
+import torch
+
+from rlrc_ros.vla import quantization
+from rlrc_ros.vla.bundle import provenance, write_bundle
+from rlrc_ros.vla.config import (
+    ActionCodecConfig,
+    ArchitectureConfig,
+    BundleConfig,
+    CameraConfig,
+    DecoderConfig,
+    LayerWidths,
+    ProprioceptionConfig,
+    QuantizationConfig,
+    TowerConfig,
+)
+from rlrc_ros.vla.policy import build_model
+from rlrc_ros.vla.processor import Observation, word_tokenizer
+
+torch.set_num_threads(1)
+
+WORDS = [
+    *("in", ":", "out", "put", "push", "stack", "the", "on", "into"),
+    *("red", "green", "blue", "cube", "cylinder", "plate", "square"),
+]
+NF4 = QuantizationConfig(method="bitsandbytes-nf4", parts=("llm",))
+
+
+def tower(**changes):
+    shape = {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "ffn": 64, "patch": 16}
+    scale = {"image_size": 64, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    return TowerConfig(**{**shape, **scale, **changes})
+
+
+def bundle_config(layers=((2, 2, 64),) * 3, **changes):
+    widths = tuple(LayerWidths(*layer) for layer in layers)
+    decoder = DecoderConfig(
+        vocab_size=64 + 256, hidden_size=64, head_dim=32, layers=widths, max_positions=128
+    )
+    fields = {
+        "architecture": ArchitectureConfig(towers=(tower(),), decoder=decoder, proprioception=8),
+        "action_codec": ActionCodecConfig(
+            q01=(-0.03,) * 3 + (-0.15,) * 3 + (0.0,),
+            q99=(0.03,) * 3 + (0.15,) * 3 + (1.0,),
+            mask=(True,) * 7,
+        ),
+        "cameras": (CameraConfig(name="front", height=64, width=64),),
+        "proprioception": ProprioceptionConfig(
+            joints=tuple(f"joint{i}" for i in range(1, 8)),
+            gripper=True,
+            mean=(0.0,) * 8,
+            std=(1.0,) * 8,
+        ),
+        "control_rate": 10.0,
+        "instruction_template": "in: {instruction} out:",
+        "dtype": "float32",
+    }
+    return BundleConfig(**{**fields, **changes})
+
+
+def random_model(config, seed=0):
+    """Weights large enough that the argmax of the logits does not hang on the last bit."""
+    torch.manual_seed(seed)
+    model = build_model(config).eval()
+    for parameter in model.language_model.parameters():
+        parameter.data *= 3
+    return model
+
+
+@pytest.fixture
+def make_bundle(tmp_path):
+    """make_bundle(name, layers=…, quantized=…, …) → Bundle."""
+
+    def make(name="bundle", quantized=False, seed=0, **changes):
+        config = bundle_config(quantization=NF4 if quantized else None, **changes)
+        model = random_model(config, seed)
+        if quantized:
+            quantization.quantize(model, NF4)
+        origin = provenance(None, "original")
+        tensors = quantization.stored(model)
+        return write_bundle(tmp_path / name, config, tensors, word_tokenizer(WORDS), origin)
+
+    return make
+
+
+@pytest.fixture
+def observation():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Observation({"front": image}, "put the red cube on the blue plate", rng.normal(size=8))

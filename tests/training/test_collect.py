@@ -1,0 +1,80 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlrc_ros.sim.expert import expert_action
+from rlrc_ros.sim.tabletop import TabletopEnv
+from training.config import load_config
+from training.data.collect import collect_corrections, collect_demonstrations
+from training.data.demonstrations import read
+from training.rollout import Actor
+
+CONFIG = Path(__file__).parents[2] / "config" / "training" / "tiny.yaml"
+
+
+def test_demonstrations_are_successes_and_labelled_by_the_expert(tmp_path):
+    config = dataclasses.replace(load_config(CONFIG).demonstrations, episodes=3, latency=(0.0, 0.0))
+    collect_demonstrations(tmp_path, config, workers=1)
+    data = read(tmp_path)
+    assert all(facts["success"] for facts in data.episodes)
+    first = data.episodes[0]
+    env = TabletopEnv()
+    seen, _ = env.reset(seed=first["seed"])
+    np.testing.assert_array_equal(data.images[0], seen["image"])
+    np.testing.assert_array_equal(data.proprioception[0], seen["proprioception"])
+    np.testing.assert_allclose(data.actions[0], expert_action(env.world), atol=1e-7)
+    np.testing.assert_allclose(data.grounding[0], env.world.grounding(), atol=1e-6)
+    assert data.instructions[data.prompts[0]] == env.world.scene.instruction == first["instruction"]
+
+
+def test_recording_again_changes_nothing(tmp_path):
+    config = dataclasses.replace(load_config(CONFIG).demonstrations, episodes=2)
+    collect_demonstrations(tmp_path, config, workers=1)
+    shard = next(tmp_path.glob("shard-*"))
+    content, made = shard.read_bytes(), shard.stat().st_mtime_ns
+    collect_demonstrations(tmp_path, config, workers=1)
+    assert shard.stat().st_mtime_ns == made
+    shard.unlink()
+    collect_demonstrations(tmp_path, config, workers=1)
+    assert shard.read_bytes() == content
+
+
+def test_corrections_record_where_the_policy_went(tmp_path, trainable):
+    policy = trainable(image_size=128)
+    device = torch.device("cpu")
+    # The test's words are not the simulator's: give the policy those.
+    from rlrc_ros.sim.tasks import VOCABULARY
+    from rlrc_ros.vla.processor import Processor, word_tokenizer
+
+    words = word_tokenizer([*VOCABULARY, "in", ":", "out"])
+    actor = Actor(policy.model, Processor(policy.config, words), policy.codec, device, 2)
+    rate = collect_corrections(tmp_path / "out", actor, 40, 3, (0.0, 0.0))
+    data = read(tmp_path / "out")
+    assert rate == np.mean([facts["success"] for facts in data.episodes])
+    assert sorted(facts["seed"] for facts in data.episodes) == [40, 41, 42]
+    # A random policy does not act like the expert, whose labels are kept.
+    env = TabletopEnv()
+    facts = data.episodes[0]
+    env.reset(seed=facts["seed"])
+    np.testing.assert_allclose(data.actions[0], expert_action(env.world), atol=1e-7)
+    assert len(data) == sum(facts["steps"] for facts in data.episodes)
+
+
+def test_the_command_line_records(tmp_path):
+    words = [
+        "-m",
+        "training.data.collect",
+        "--out",
+        tmp_path,
+        "--config",
+        CONFIG,
+        "--episodes",
+        "1",
+    ]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(read(tmp_path).episodes) == 1

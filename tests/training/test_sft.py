@@ -1,0 +1,109 @@
+import dataclasses
+
+import pytest
+import torch
+
+from training.config import CorrectionsConfig, SftConfig
+from training.sft import GroundingHead, Trainer, bc_loss, schedule, sft_losses
+
+CPU = torch.device("cpu")
+CONFIG = SftConfig(
+    steps=12,
+    batch_size=8,
+    learning_rate=1e-3,
+    warmup_steps=3,
+    checkpoint_every=5,
+    grounding=0.5,
+    label_width=2.0,
+)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step):
+    """A Trainer that dies before the given step."""
+
+    class Mortal(Trainer):
+        def _update(self):
+            if self._step == step:
+                raise Killed
+            return super()._update()
+
+    return Mortal
+
+
+def test_the_loss_falls(trainable, batches, tmp_path):
+    policy = trainable()
+    data = batches(policy)
+    torch.manual_seed(0)
+    before = bc_loss(policy.model, data.sample(60))
+    config = dataclasses.replace(CONFIG, steps=100, batch_size=32, label_width=0.0, average=0.0)
+    Trainer(policy.model, data, config, CPU, tmp_path).run()
+    assert bc_loss(policy.model, data.sample(60)) < 0.7 * before
+
+
+@pytest.mark.parametrize("step", [3, 5, 11])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(trainable, batches, tmp_path, step):
+    whole, broken, resumed = trainable(), trainable(), trainable(seed=9)
+    torch.manual_seed(1)
+    Trainer(whole.model, batches(whole), CONFIG, CPU, tmp_path / "whole").run()
+    torch.manual_seed(1)
+    with pytest.raises(Killed):
+        killed_at(step)(broken.model, batches(broken), CONFIG, CPU, tmp_path / "broken").run()
+    if step < 5:  # before the first checkpoint everything starts anew
+        resumed = trainable()
+        torch.manual_seed(1)
+    Trainer(resumed.model, batches(resumed), CONFIG, CPU, tmp_path / "broken").run()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    rows = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "broken")]
+    timeless = [[row.rsplit(",", 1)[0] for row in run] for run in rows]
+    assert timeless[0] == timeless[1]
+
+
+def test_corrections_are_collected_once_with_the_averaged_policy(trainable, batches, tmp_path):
+    rounds = (CorrectionsConfig(at_step=4, episodes=1, first_seed=0),)
+    config = dataclasses.replace(CONFIG, corrections=rounds)
+    policy = trainable()
+    seen = []
+
+    def rebuild(number, model):
+        seen.append((number, model.training, model.projector.fc1.weight.clone()))
+        return batches(policy)
+
+    Trainer(policy.model, batches(policy), config, CPU, tmp_path, rebuild).run()
+    ((number, training, weight),) = seen
+    assert number == 0 and not training
+    assert not torch.equal(weight, policy.model.projector.fc1.weight)
+
+
+def test_unknown_grounding_weighs_nothing(trainable, batches):
+    policy = trainable()
+    head = GroundingHead(64, 4)
+    batch = batches(policy).sample(8)
+    known = sft_losses(policy.model, head, batch, CONFIG)
+    batch.grounding[:] = float("nan")
+    unknown = sft_losses(policy.model, head, batch, CONFIG)
+    assert known.grounding > 0 and unknown.grounding == 0
+    assert unknown.total.isfinite()
+    unknown.total.backward()
+    assert all(p.grad.isfinite().all() for p in policy.model.parameters() if p.grad is not None)
+
+
+def test_a_narrow_label_width_is_plain_cross_entropy(trainable, batches):
+    policy = trainable()
+    batch, head = batches(policy).sample(8), GroundingHead(64, 4)
+    plain = dataclasses.replace(CONFIG, grounding=0.0, label_width=0.0)
+    narrow = dataclasses.replace(plain, label_width=0.05)
+    expected = sft_losses(policy.model, head, batch, plain).total
+    torch.testing.assert_close(sft_losses(policy.model, head, batch, narrow).total, expected)
+    torch.testing.assert_close(bc_loss(policy.model, batch), expected)
+
+
+def test_the_learning_rate_warms_up_and_comes_down():
+    config = dataclasses.replace(CONFIG, steps=100, warmup_steps=10)
+    rates = [schedule(step, config) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.06
