@@ -46,5 +46,5 @@ def test_a_damaged_shard_is_named(tmp_path, cut):
     path = tmp_path / "shard-00000.safetensors"
     write_shard(path, [episode(3, "push it", 0)[1]])
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match="shard-00000.safetensors: not a readable shard"):
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors: not a readable shard"):
         read(tmp_path)
