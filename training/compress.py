@@ -72,10 +72,6 @@ class Pipeline:
         evaluate_too: False leaves evaluation to a later run, perhaps on another machine.
         """
         config = self.config
-        self.say(
-            f"demonstrations: {config.demonstrations.episodes} episodes of the scripted expert"
-        )
-        collect_demonstrations(self.out / "demonstrations", config.demonstrations)
         self._bundle("original", None, self._sft_original)
         self._bundle("pruned", "original", self._prune)
         self._bundle("recovered", "pruned", self._recover)
@@ -92,10 +88,13 @@ class Pipeline:
         return ["original", "pruned", "recovered", *seeds, "compressed"]
 
     def _data(self, *stages: str) -> Demonstrations:
-        """The demonstrations, and the corrections that some stages collected."""
-        places = [self.out / "demonstrations"]
-        for stage in stages:
-            places += sorted((self.out / "work" / stage).glob("corrections-?"))
+        """The demonstrations, recorded if need be, and the corrections that stages collected."""
+        place, wanted = self.out / "demonstrations", self.config.demonstrations
+        if place not in self._read:
+            self.say(f"demonstrations: {wanted.episodes} episodes of the scripted expert")
+            collect_demonstrations(place, wanted)
+        works = [self.out / "work" / stage for stage in stages]
+        places = [place, *(found for work in works for found in sorted(work.glob("corrections-?")))]
         for place in places:
             if place not in self._read:
                 self._read[place] = read(place)

@@ -10,7 +10,6 @@ environments share a batch; latency is then measured afterwards, on single obser
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.trials.statistics import clopper_pearson, paired_difference
-from training.common import cpu_count, pick_device
+from training.common import cpu_count, fork_server, pick_device
 from training.envs.tabletop import SeededTabletop
 from training.envs.vector import make_vector
 from training.rollout import Actor, roll
@@ -111,9 +110,8 @@ def _resume(log: Path, task: Evaluation) -> dict[int, EpisodeResult]:
 
 def _on_cpu(task: Evaluation, seeds: list[int], workers: int | None) -> Iterator[EpisodeResult]:
     count = min(workers or cpu_count(), max(1, len(seeds)))
-    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        count, mp_context=context, initializer=_start, initargs=(task,)
+        count, mp_context=fork_server(), initializer=_start, initargs=(task,)
     ) as pool:
         yield from pool.map(_episode, seeds)
 

@@ -81,16 +81,17 @@ class DemonstrationBatches:
         return self._grounding.shape[1]
 
     def sample(self, size: int, brightness: float = 0.0) -> Batch:
-        """`size` steps, drawn with torch's global generator.
+        """`size` steps, drawn with the device's global generator.
 
         brightness: each image is scaled by up to this share, and its contrast about its mean too.
         """
-        rows = torch.randint(len(self._bins), (size,)).to(self._device)
+        # Drawn on the device: a copy to it would wait for everything before.
+        rows = torch.randint(len(self._bins), (size,), device=self._device)
         prompts = self._prompts[rows]
         pixels = self._processor.pixel_values(self._images[rows])
         if brightness:
-            change = 1 + brightness * (2 * torch.rand(2, size, 1, 1, 1) - 1)
-            gain, contrast = change.to(self._device)
+            change = 2 * torch.rand(2, size, 1, 1, 1, device=self._device) - 1
+            gain, contrast = 1 + brightness * change
             mean = pixels.mean((2, 3), keepdim=True)
             pixels = mean * gain + (pixels - mean) * contrast
         inputs = Inputs(
@@ -115,7 +116,7 @@ class GroundingHead(nn.Linear):
     out from actions alone what the words mean. No part of the policy; thrown away after training.
     """
 
-    SCALE = 0.1
+    SCALE = 0.05
     """m; errors of this size weigh 1."""
 
     def loss(self, state: Tensor, grounding: Tensor) -> Tensor:

@@ -297,10 +297,11 @@ class World:
         return self.data.geom_xmat[self._objects].reshape(N_OBJECTS, 3, 3)
 
     def grounding(self) -> np.ndarray:
-        """Where the things are that words can mean: (18,) metres, in the base frame.
+        """Where the things are that words can mean: (21,) metres, in the base frame.
 
         Three for what the scene's instruction moves, three for where to (of a stack, the centre of
-        the cube at the bottom), and x and y of the thing of each colour, in alphabetical order.
+        the cube at the bottom), three for the gripper, and x and y of the thing of each colour, in
+        alphabetical order.
         """
         scene, centres = self.scene, self.object_positions()
         goal = scene.goal(scene.instruction)
@@ -309,7 +310,7 @@ class World:
         by_colour = {t.colour: t.position for t in scene.targets}
         by_colour |= {t.colour: c[:2] for t, c in zip(scene.objects, centres, strict=True)}
         spots = [by_colour[colour] for colour in sorted(by_colour)]
-        return np.concatenate([centres[goal.object], place, *spots])
+        return np.concatenate([centres[goal.object], place, self.ee_position(), *spots])
 
     def table_state(self) -> TableState:
         """What the success predicates look at."""

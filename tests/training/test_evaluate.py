@@ -51,7 +51,9 @@ def test_a_log_of_another_evaluation_is_not_continued(bundle, tmp_path):
 
 
 def results(successes):
-    return [EpisodeResult(i, "put", "", bool(s), 10, (50.0, 1.0, 2.0)) for i, s in enumerate(successes)]
+    return [
+        EpisodeResult(i, "put", "", bool(s), 10, (50.0, 1.0, 2.0)) for i, s in enumerate(successes)
+    ]
 
 
 def test_the_summary_leaves_the_cold_first_step_out():

@@ -145,6 +145,7 @@ def collect_corrections(
                 finished.append(recordings[i].episode(**facts, source="corrections"))
                 recordings[i] = _Recording()
                 bar.update()
+                bar.set_postfix(success=f"{np.mean([e.facts['success'] for e in finished]):.3f}")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

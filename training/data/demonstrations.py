@@ -117,6 +117,8 @@ def read(directory: Path) -> Demonstrations:
 
 def join(parts: Sequence[Demonstrations]) -> Demonstrations:
     """Several sets of demonstrations as one."""
+    if len(parts) == 1:
+        return parts[0]
     instructions = sorted({text for part in parts for text in part.instructions})
     numbers = {text: i for i, text in enumerate(instructions)}
     prompts = [
