@@ -14,14 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.profile import RobotProfile
 
+# Fast DDS 3 (Kilted) calls it by another name than 2 (Jazzy), and warns of the old one.
+_PROFILES = "FASTRTPS" if os.environ.get("ROS_DISTRO") == "jazzy" else "FASTDDS"
 TRANSPORT_ENVIRONMENT = {
-    "FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA?max_msg_size=4MB&sockets_size=4MB"
+    f"{_PROFILES}_DEFAULT_PROFILES_FILE": str(Path(__file__).with_name("fastdds.xml"))
 }
-"""Has to be set in every process that sends or receives images, or Fast DDS drops most of them.
+"""Has to be set in every process that sends images, or Fast DDS drops most of them.
 
-ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST undoes it: rmw_fastrtps then chooses the transports itself.
+The profile gives each process enough shared memory for images. Fast DDS's own answer to the
+problem, FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA, adds TCP channels: with 3.2 about one start in a
+hundred never finds its peers, and then deadlocks at exit. ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST
+undoes the profile: rmw_fastrtps then chooses the transports itself.
 """
 
 
@@ -40,8 +46,16 @@ class NodeSpec:
     remappings: dict[str, str] = field(default_factory=dict)
 
     def command(self) -> list[str]:
-        """The process's command line, with the executables beside this interpreter."""
-        words = [str(Path(sys.executable).parent / self.executable), "--ros-args"]
+        """The command line of a plain process.
+
+        Raises:
+            UserError: the executable is not installed.
+        """
+        return [str(_executable(self.executable)), "--ros-args", *self.ros_arguments()]
+
+    def ros_arguments(self) -> list[str]:
+        """Parameters and remappings as they follow `--ros-args`."""
+        words = []
         for name, value in self.parameters.items():
             # JSON is YAML, which is what rcl reads parameters as.
             words += ["-p", f"{name}:={json.dumps(value)}"]
@@ -50,9 +64,13 @@ class NodeSpec:
         return words
 
 
-def process_environment() -> dict[str, str]:
-    """Environment variables for a node's process."""
-    return {**os.environ, **TRANSPORT_ENVIRONMENT}
+def _executable(name: str) -> Path:
+    """A node beside the command that runs, as in lib/rlrc of a workspace, or beside Python."""
+    directories = [Path(sys.argv[0]).resolve().parent, Path(sys.executable).parent]
+    for directory in directories:
+        if (path := directory / name).is_file():
+            return path
+    raise UserError(f"{name} is neither in {directories[0]} nor in {directories[1]}; install rlrc")
 
 
 def nodes(

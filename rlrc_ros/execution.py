@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ OBSERVATION_PATIENCE = 1.0
 """s without a usable observation after which an episode ends."""
 FIRST_OBSERVATION_PATIENCE = 5.0
 """s to wait for the first one: sources may still be starting."""
+OLDEST_ACTION = 1.0
+"""s from an observation's oldest stamp after which the action computed from it is not sent."""
 
 
 class NotReady(UserError):
@@ -45,11 +48,17 @@ class Statistics:
     """s, from the oldest stamp of the last step's observation to its command."""
     last_ms: dict[str, float] = field(default_factory=dict)
     totals_ms: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """s of the steady clock, when each step ended."""
 
     def percentile(self, q: float) -> float:
         """Of the time from looking to commanding; 0 while there are fewer than two steps."""
         later = self.totals_ms[1:]
         return float(np.percentile(later, q)) if later else 0.0
+
+    def rate(self) -> float:
+        """Hz, over the last second."""
+        return float(len(self.times) - bisect(self.times, time.monotonic() - 1.0))
 
 
 Look = Callable[[], tuple[Observation, int]]
@@ -89,7 +98,8 @@ class Episode:
         self.termination_reason = ""
         self.message = ""
         self._look, self._command, self._clock_ns = look, command, clock_ns
-        self._began = self._last_step = time.monotonic()
+        self._began: float | None = None
+        self._last_step = 0.0
         self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._work: Future[None] | None = None
@@ -101,8 +111,8 @@ class Episode:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._began
+        """Seconds since the first tick."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
     @property
     def busy(self) -> bool:
@@ -113,6 +123,8 @@ class Episode:
         """Call once a control period: starts a step, or counts why there is none."""
         if self.ended:
             return
+        if self._began is None:
+            self._began = self._last_step = time.monotonic()
         if self.elapsed > self.max_duration:
             self.end(TIMEOUT, f"after {self.max_duration:g} s")
         elif self.busy:
@@ -135,11 +147,8 @@ class Episode:
         try:
             observation, stamp_ns = self._look()
         except NotReady as error:
-            statistics.skipped_steps += 1
-            statistics.skip_reason = str(error)
             patience = OBSERVATION_PATIENCE if statistics.steps else FIRST_OBSERVATION_PATIENCE
-            if time.monotonic() - self._last_step > patience:
-                self.end(OBSERVATION_LOST, str(error))
+            self._skip(OBSERVATION_LOST, str(error), patience)
             return
         except Exception as error:
             self.end(POLICY_ERROR, f"observation: {error}")
@@ -150,13 +159,19 @@ class Episode:
         except Exception as error:
             self.end(POLICY_ERROR, f"{type(error).__name__}: {error}")
             return
+        age = (self._clock_ns() - stamp_ns) * 1e-9
+        if age > OLDEST_ACTION:
+            late = f"the policy took {time.perf_counter() - looked:.1f} s: its action is for a "
+            late += f"scene {age:.1f} s ago, {OLDEST_ACTION:g} s are allowed"
+            self._skip(POLICY_ERROR, late, FIRST_OBSERVATION_PATIENCE)
+            return
         with self._lock:
             if self.ended:
                 return
             self._command(action, stamp_ns, statistics.steps)
         done = time.perf_counter()
         statistics.skip_reason = ""
-        statistics.observation_age = (self._clock_ns() - stamp_ns) * 1e-9
+        statistics.observation_age = age
         statistics.last_ms = {
             "preprocess": (looked - began) * 1e3,
             "inference": (done - looked) * 1e3,
@@ -165,6 +180,14 @@ class Episode:
         statistics.totals_ms.append(statistics.last_ms["total"])
         statistics.steps += 1
         self._last_step = time.monotonic()
+        statistics.times.append(self._last_step)
+
+    def _skip(self, reason: str, message: str, patience: float) -> None:
+        """Count a step not taken; ends the episode once there was none for so many seconds."""
+        self.statistics.skipped_steps += 1
+        self.statistics.skip_reason = message
+        if time.monotonic() - self._last_step > patience:
+            self.end(reason, message)
 
 
 class PolicyStore:
@@ -176,7 +199,6 @@ class PolicyStore:
 
     def __init__(self, load: Callable[[str], Policy]) -> None:
         self._load = load
-        self.paths: dict[str, str] = {}
         self.resident: dict[str, Policy] = {}
         self.active = ""
 
@@ -187,11 +209,11 @@ class PolicyStore:
             UserError: it cannot be loaded; then nothing has changed.
         """
         policy = self._load(path)
-        self.paths[label], self.resident[label], self.active = path, policy, label
+        self.resident[label], self.active = policy, label
         return policy
 
-    def activate(self, label: str) -> Policy:
-        """Make a resident policy active.
+    def get(self, label: str) -> Policy:
+        """A resident policy.
 
         Raises:
             UserError: there is none of that label.
@@ -199,5 +221,19 @@ class PolicyStore:
         if label not in self.resident:
             there = ", ".join(sorted(self.resident)) or "none"
             raise UserError(f"no policy is loaded under the label '{label}'; loaded: {there}")
-        self.active = label
         return self.resident[label]
+
+    def activate(self, label: str) -> Policy:
+        """Make a resident policy active.
+
+        Raises:
+            UserError: there is none of that label.
+        """
+        policy = self.get(label)
+        self.active = label
+        return policy
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self.resident.clear()
+        self.active = ""

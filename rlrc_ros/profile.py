@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.guard import Limits
 from rlrc_ros.paths import config_file
 from rlrc_ros.schema import from_dict, read_yaml
 
@@ -36,6 +38,9 @@ class JointSource:
     """Its position when open."""
 
     def __post_init__(self) -> None:
+        for name in ("gripper_closed", "gripper_open"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"joint_states.{name} is {getattr(self, name)}: give a number")
         if self.gripper_open == self.gripper_closed:
             raise UserError("joint_states: gripper_open and gripper_closed must differ")
 
@@ -51,6 +56,12 @@ class GuardLimits:
     workspace_min: tuple[float, ...]
     workspace_max: tuple[float, ...]
     max_gripper_rate: float = 2.0
+
+    def __post_init__(self) -> None:
+        try:
+            Limits(**vars(self))
+        except UserError as error:
+            raise UserError(f"guard: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,19 @@ class RobotProfile:
     def __post_init__(self) -> None:
         if not self.cameras:
             raise UserError("cameras: name at least one")
+        sources: dict[str, CameraSource | JointSource] = {"joint_states": self.joint_states}
+        sources |= {f"cameras.{name}": camera for name, camera in self.cameras.items()}
+        for key, source in sources.items():
+            if not 0.0 < source.max_age < math.inf:
+                raise UserError(f"{key}.max_age is {source.max_age}: it must be s greater than 0")
+            _refuse_empty(f"{key}.topic", source.topic)
+        for key in ("base_frame", "ee_pose", "ee_command", "gripper_command"):
+            _refuse_empty(key, getattr(self, key))
+
+
+def _refuse_empty(key: str, value: str) -> None:
+    if not value.strip():
+        raise UserError(f"{key} is empty")
 
 
 def load_profile(name: str | Path) -> RobotProfile:

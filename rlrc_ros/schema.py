@@ -45,7 +45,10 @@ _CONFIG = dacite.Config(cast=[tuple], type_hooks={float: _number})
 
 
 def _refuse_unknown_keys(hint: Any, data: Any, where: str, path: str = "") -> None:
-    """Refuse keys that no field of the dataclasses in the type `hint` is named after."""
+    """Refuse keys that no field of the dataclasses in the type `hint` is named after.
+
+    And true and false where a number belongs.
+    """
     arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(data, dict):
@@ -67,6 +70,8 @@ def _refuse_unknown_keys(hint: Any, data: Any, where: str, path: str = "") -> No
     elif isinstance(data, list):
         for i, value in enumerate(data):
             _refuse_unknown_keys(arguments[0] if arguments else None, value, where, f"{path}[{i}]")
+    elif hint in (int, float) and isinstance(data, bool):  # which Python takes for a number
+        raise UserError(f"{where}: '{path}' must be a number, found {str(data).lower()}")
     elif data is not None:
         for inner in arguments:  # of a union
             if dataclasses.is_dataclass(inner):
@@ -83,7 +88,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
@@ -99,7 +104,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

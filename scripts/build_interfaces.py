@@ -8,8 +8,7 @@ does all of it.
 The wheels' CMake targets name the Python that they were built with; they are pointed at this
 interpreter first (which changes nothing the second time). Then colcon builds the package's
 interfaces and installs them into the environment's own prefix, where the wheels' libraries lie, so
-that
-`rlrc.msg` imports with nothing sourced.
+that `rlrc.msg` imports with nothing sourced.
 """
 
 from __future__ import annotations

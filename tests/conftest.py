@@ -1,5 +1,6 @@
 """Small policies with random weights, real in every part."""
 
+import logging
 import os
 
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -25,6 +26,8 @@ from rlrc_ros.vla.policy import build_model
 from rlrc_ros.vla.processor import Observation, word_tokenizer
 
 torch.set_num_threads(1)
+# ROS's launch, which its pytest plugins import, makes loggers that pytest's caplog does not hear.
+logging.setLoggerClass(logging.Logger)
 
 WORDS = [
     *("in", ":", "out", "put", "push", "stack", "the", "on", "into"),

@@ -5,16 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from rlrc_ros.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def cpu_count() -> int:
@@ -32,9 +43,76 @@ def fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
+def parallel_map(
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    workers: int,
+    start: Callable[..., None] | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """`function` of each job, in worker processes; results in the order of the jobs.
+
+    The workers end with this process, even if it is killed, and at once when it is interrupted.
+
+    Args:
+        function: importable by name.
+        jobs: its arguments.
+        workers: how many processes.
+        start: called first in each worker, with `arguments`.
+        arguments: of `start`.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    with ProcessPoolExecutor(
+        workers, fork_server(), initializer=_start_worker, initargs=(start, arguments)
+    ) as pool:
+        futures = [pool.submit(function, job) for job in jobs]
+        try:
+            for future in futures:
+                yield future.result()
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "a worker process has ended; if memory ran out, take fewer workers"
+                ) from None
+            raise
+
+
+def _start_worker(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    leave_ctrl_c_to_parent()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if start:
+        start(*arguments)
+
+
+def leave_ctrl_c_to_parent() -> None:
+    """Ignore the terminal's interrupt, which all processes get; the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; without one, the GPU if there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of that name; without one, the GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{device}' cannot be used ({reason})") from None
+    return torch.device(device)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -96,6 +174,31 @@ def save_checkpoint(directory: Path, tensors: dict[str, Tensor], facts: dict[str
         directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def forget_checkpoints(work: Path) -> None:
+    """Delete what a stage needed only to be resumed; it is larger than its bundle."""
+    for place in work.glob("checkpoint*"):
+        shutil.rmtree(place)
+
+
+def claim(directory: Path, configuration: dict[str, Any]) -> None:
+    """Note what a directory is for, or check that it is what it was made for.
+
+    Raises:
+        UserError: it holds a run of another configuration.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file, text = directory / "config.json", json.dumps(configuration, indent=1)
+    if not file.exists():
+        partial = file.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(file)
+    elif file.read_text(errors="replace") != text:
+        raise UserError(
+            f"{directory}: holds a run of another configuration; name another directory, or "
+            "delete it"
+        )
 
 
 def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -15,18 +15,16 @@ is there is done, what is not is made. Inside a stage, training goes on from its
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlrc_ros.errors import UserError
 from rlrc_ros.vla.inspection import inspect
 from training import prune, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
-from training.common import pick_device, seed_everything
+from training.common import claim, forget_checkpoints, pick_device, seed_everything
 from training.config import CompressConfig
 from training.data.collect import collect_demonstrations
 from training.data.demonstrations import Demonstrations, join, read
@@ -50,21 +48,7 @@ class Pipeline:
         self.device = pick_device(device)
         self._latency = config.demonstrations.latency
         self._read: dict[Path, Demonstrations] = {}
-        out.mkdir(parents=True, exist_ok=True)
-        self._claim()
-
-    def _claim(self) -> None:
-        """Note the configuration, or check that it is the one this directory was made with."""
-        file, text = self.out / "config.json", json.dumps(asdict(self.config), indent=1)
-        if not file.exists():
-            partial_file = file.with_suffix(".partial")
-            partial_file.write_text(text)
-            partial_file.replace(file)
-        elif file.read_text() != text:
-            raise UserError(
-                f"{self.out}: holds a run of another configuration; name another directory, or "
-                "delete it"
-            )
+        claim(out, asdict(config))
 
     def run(self, evaluate_too: bool = True) -> dict[str, Any]:
         """Make what is missing; returns what `summary.json` holds.
@@ -106,6 +90,7 @@ class Pipeline:
         """Make one bundle, unless it is there."""
         place = self.out / name
         if place.exists():
+            forget_checkpoints(self.out / "work" / name)
             return
         self.say(f"{name}: {'from ' + parent if parent else 'a new policy'}, on {self.device}")
         seed_everything(self.config.seed)
@@ -115,7 +100,7 @@ class Pipeline:
             trainable = new_trainable(self.config.model, self._data(), self.device)
         facts = stage(trainable)
         trainable.save(place, name, **facts)
-        shutil.rmtree(self.out / "work" / name / "checkpoint", ignore_errors=True)
+        forget_checkpoints(self.out / "work" / name)
 
     def _evaluate(self, name: str) -> list[EpisodeResult]:
         config = self.config.evaluate

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.schema import from_dict, read_yaml
 from rlrc_ros.vla.config import LayerWidths, QuantizationConfig, TowerConfig
+
+LAST_SEED = 2**32 - 1
+"""The largest seed that NumPy's global generator takes."""
+
+
+def _check(where: str, config: Any, *, positive: str = "", natural: str = "") -> None:
+    """Refuse values of the fields named that are not above 0, or below 0, or no number."""
+    for name in positive.split():
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{where}: '{name}' is {getattr(config, name)}, and must be above 0")
+    for name in natural.split():
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{where}: '{name}' is {getattr(config, name)}, and must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +39,9 @@ class ModelConfig:
     heads: int
     kv_heads: int
     ffn: int
+
+    def __post_init__(self) -> None:
+        _check("model", self, positive="hidden_size head_dim layers heads kv_heads ffn")
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:
@@ -54,8 +71,17 @@ class DemonstrationsConfig:
     """Standard deviation, rad a control step."""
     gripper_flips: float
     """Probability that a control step's gripper command is inverted."""
+    vary_view: bool = True
+    """Give every step its own light and camera displacement.
+
+    A policy that remembers nothing cannot tell, and sees as many views as there are steps.
+    """
     latency: tuple[float, float] = (0.0, 0.08)
     """s; how late commands take effect, drawn for each step."""
+
+    def __post_init__(self) -> None:
+        noise = "disturbed_share translation_noise rotation_noise gripper_flips"
+        _check("demonstrations", self, positive="episodes", natural=f"first_seed {noise}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +95,9 @@ class CorrectionsConfig:
     """Before which training step the episodes are added."""
     episodes: int
     first_seed: int
+
+    def __post_init__(self) -> None:
+        _check("corrections", self, positive="episodes", natural="at_step first_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +124,17 @@ class SftConfig:
     corrections: tuple[CorrectionsConfig, ...] = ()
     checkpoint_every: int = 1000
 
+    def __post_init__(self) -> None:
+        positive = "steps batch_size learning_rate max_grad_norm checkpoint_every"
+        natural = "warmup_steps weight_decay average label_width grounding brightness"
+        _check("sft", self, positive=positive, natural=natural)
+        for corrections in self.corrections:
+            if corrections.at_step >= self.steps:
+                raise UserError(
+                    f"sft: corrections are due at step {corrections.at_step}, and there are "
+                    f"{self.steps} steps"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
@@ -114,6 +154,7 @@ class PruneConfig:
             raise UserError("prune: 'remove' is a share, above 0 and below 1")
         if self.keep_layers < 2:
             raise UserError("prune: 'keep_layers' must be at least 2, the first and the last")
+        _check("prune", self, positive="ffn_multiple calibration_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +192,16 @@ class RlConfig:
     first_seed: int = 5_000_000
     """Scenes of the rollouts, counted up from here."""
 
+    def __post_init__(self) -> None:
+        counts = "updates environments steps_per_update minibatch epochs bc_batch"
+        rates = "learning_rate value_learning_rate max_grad_norm temperature"
+        natural = "critic_warmup bc_coefficient first_seed"
+        _check("rl", self, positive=f"{counts} {rates}", natural=natural)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError("rl: 'seeds' must name at least one, and each once")
+        if not 0 <= min(self.seeds) <= max(self.seeds) <= LAST_SEED:
+            raise UserError(f"rl: 'seeds' must be from 0 to {LAST_SEED}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -158,6 +209,9 @@ class EvaluateConfig:
 
     episodes: int
     first_seed: int
+
+    def __post_init__(self) -> None:
+        _check("evaluate", self, positive="episodes", natural="first_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +228,10 @@ class CompressConfig:
     rl: RlConfig
     quantize: QuantizationConfig
     evaluate: EvaluateConfig
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LAST_SEED:
+            raise UserError(f"'seed' is {self.seed}, and must be from 0 to {LAST_SEED}")
 
 
 def load_config(path: Path) -> CompressConfig:

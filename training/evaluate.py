@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from tqdm import tqdm
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.trials.statistics import clopper_pearson, paired_difference
-from training.common import cpu_count, fork_server, pick_device
+from rlrc_ros.vla.bundle import open_bundle
+from rlrc_ros.vla.policy import empty_model
+from training.common import cpu_count, parallel_map, pick_device
 from training.envs.tabletop import SeededTabletop
 from training.envs.vector import make_vector
 from training.rollout import Actor, roll
@@ -66,13 +67,20 @@ def evaluate(
     Returns them in the order of seeds.
 
     Raises:
-        UserError: the log belongs to another evaluation.
+        UserError: the policy is damaged or does not fit, the log belongs to another evaluation, the
+            device cannot be used or not with this engine or dtype, or a worker process died.
     """
+    bundle = open_bundle(task.policy)
+    empty_model(bundle)  # or say now, in one line, what is wrong with it
+    run = _on_gpu if pick_device(device).type == "cuda" else _on_cpu
+    if run is _on_gpu and (task.engine, task.dtype) != ("auto", "auto"):
+        raise UserError(
+            "on a GPU, episodes share batches in float32; engines and dtypes are for device 'cpu'"
+        )
     seeds = list(range(task.seed, task.seed + task.episodes))
-    results = _resume(log, task) if log else {}
+    results = _resume(log, task, bundle.hash) if log else {}
     missing = [seed for seed in seeds if seed not in results]
     file = log.open("a") if log else None
-    run = _on_gpu if pick_device(device).type == "cuda" else _on_cpu
     with tqdm(
         total=len(seeds), initial=len(results), desc=f"eval {task.policy.name}", unit="episode"
     ) as bar:
@@ -89,31 +97,32 @@ def evaluate(
     return [results[seed] for seed in seeds]
 
 
-def _resume(log: Path, task: Evaluation) -> dict[int, EpisodeResult]:
-    from rlrc_ros.vla.bundle import open_bundle
+def _resume(log: Path, task: Evaluation, policy: str) -> dict[int, EpisodeResult]:
+    """The episodes in the log of this policy, given by its bundle's hash.
 
-    header = {**asdict(task), "policy": open_bundle(task.policy).hash}
-    if not log.exists():
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(json.dumps(header) + "\n")
-        return {}
-    lines = log.read_text().splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-    if not whole or whole[0] != json.loads(json.dumps(header)):
+    Leaves the log with whole lines only, the header at least.
+    """
+    header = json.dumps({**asdict(task), "policy": policy}) + "\n"
+    written = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in written.splitlines(keepends=True) if line.endswith("\n")]
+    if not lines and header.startswith(written):  # new, or killed while writing its first line
+        lines = [header]
+    if not lines or lines[0] != header:
         raise UserError(f"{log}: holds another evaluation; name another file, or delete this one")
-    log.write_text("".join(line for line in lines if line.endswith("\n")))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    partial = log.with_name(f"{log.name}.partial")
+    partial.write_text("".join(lines))
+    partial.replace(log)
+    rows = [json.loads(line) for line in lines[1:]]
     return {
         row["seed"]: EpisodeResult(**{**row, "latency_ms": tuple(row["latency_ms"])})
-        for row in whole[1:]
+        for row in rows
     }
 
 
 def _on_cpu(task: Evaluation, seeds: list[int], workers: int | None) -> Iterator[EpisodeResult]:
     count = min(workers or cpu_count(), max(1, len(seeds)))
-    with ProcessPoolExecutor(
-        count, mp_context=fork_server(), initializer=_start, initargs=(task,)
-    ) as pool:
-        yield from pool.map(_episode, seeds)
+    yield from parallel_map(_episode, seeds, count, _start, (task,))
 
 
 _worker: dict[str, Any] = {}
@@ -159,7 +168,6 @@ def _episode(seed: int) -> EpisodeResult:
 
 def _on_gpu(task: Evaluation, seeds: list[int], workers: int | None) -> Iterator[EpisodeResult]:
     from rlrc_ros.vla.action_codec import ActionCodec
-    from rlrc_ros.vla.bundle import open_bundle
     from rlrc_ros.vla.policy import load_model
     from rlrc_ros.vla.processor import Processor
 

@@ -1,0 +1,324 @@
+"""`rlrc bench`: latency and memory of several policies on this machine, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlrc_ros.cli.arguments import whole_number
+from rlrc_ros.cli.output import emit
+from rlrc_ros.errors import UserError
+
+if TYPE_CHECKING:
+    from rlrc_ros.vla import Observation, Policy
+    from rlrc_ros.vla.config import BundleConfig
+
+HELP = "measure latency and memory of policies, interleaved round by round"
+
+INSTRUCTION = "put the red cube on the blue plate"
+OBSERVATIONS = 8
+"""Different ones that the rounds go through."""
+WARM_UP_ROUNDS = 5
+RESAMPLES = 2000
+"""Of the bootstrap."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "--policy",
+        action="append",
+        required=True,
+        help="bundle directory, or the short name of a shipped bundle; give it once a policy: the "
+        "others are compared with the first",
+    )
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        default=["auto"],
+        choices=["auto", "eager", "unrolled"],
+        help="run every policy with each of these (default auto)",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["auto"],
+        choices=["auto", "float32", "bfloat16"],
+        help="and in each of these (default auto: float32 on a CPU, else bfloat16)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--rounds",
+        type=whole_number(10),
+        default=200,
+        help="how often each one acts, one after another in random order (default 200)",
+    )
+    parser.add_argument(
+        "--threads", type=whole_number(1), default=1, help="of torch on the CPU (default 1)"
+    )
+    parser.add_argument(
+        "--instruction", default=INSTRUCTION, help=f"what to ask for (default: {INSTRUCTION})"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write every time and the machine's facts as JSON"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure and print."""
+    import torch
+
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise UserError(f"{arguments.out}: there is no directory {arguments.out.parent}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        contestants = _contestants(arguments)
+        load_before = os.getloadavg()[0]
+        _measure(contestants, arguments.rounds, arguments.instruction)
+        facts = {"machine": machine(), "load_average": [load_before, os.getloadavg()[0]]}
+    finally:
+        torch.set_num_threads(before)
+    facts |= {"rounds": arguments.rounds, "instruction": arguments.instruction}
+    summaries = summarise(contestants)
+    if arguments.out is not None:
+        raw = [
+            {**summary, "times_ms": contestant.times_ms}
+            for summary, contestant in zip(summaries, contestants, strict=True)
+        ]
+        partial = arguments.out.with_name(f"{arguments.out.name}.partial")
+        partial.write_text(json.dumps({**facts, "policies": raw}) + "\n")
+        partial.replace(arguments.out)
+    text = f"{_table(summaries)}\n{_footnote(facts)}"
+    if arguments.out is not None:
+        text += f"\ntimes: {arguments.out}"
+    emit(arguments, {**facts, "policies": summaries}, text)
+    return 0
+
+
+@dataclass
+class Contestant:
+    """One policy in one engine and one dtype.
+
+    Attributes:
+        name: of the policy, as it was given.
+        label: differs from all others'.
+        policy: loaded and ready.
+        times_ms: of one action each, a value a round.
+    """
+
+    name: str
+    label: str
+    policy: Policy
+    times_ms: list[float] = field(default_factory=list)
+
+
+def _contestants(arguments: argparse.Namespace) -> list[Contestant]:
+    """Every policy in every engine and dtype asked for."""
+    import torch
+
+    from rlrc_ros.vla import load_policy
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    contestants: list[Contestant] = []
+    seen: Counter[str] = Counter()
+    for name in arguments.policy:
+        for engine in dict.fromkeys(arguments.engine):
+            for dtype in dict.fromkeys(arguments.dtype):
+                policy = load_policy(name, device, engine, dtype)
+                policy.processor.token_ids(arguments.instruction)  # or say now what is wrong
+                label = f"{name} {policy.engine.name} {_dtype(policy)}"
+                seen[label] += 1
+                if seen[label] > 1:  # one against itself shows what the measurement is worth
+                    label += f" #{seen[label]}"
+                contestants.append(Contestant(name, label, policy))
+    return contestants
+
+
+def synthetic_observation(config: BundleConfig, instruction: str, seed: int) -> Observation:
+    """What a policy's contract asks for, with noise in the image and the joints near their mean."""
+    import numpy as np
+
+    from rlrc_ros.vla import Observation
+
+    rng = np.random.default_rng(seed)
+    images = {
+        camera.name: rng.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
+        for camera in config.cameras
+    }
+    joints = config.proprioception
+    proprioception = None if joints is None else rng.normal(joints.mean, joints.std)
+    return Observation(images, instruction, proprioception)
+
+
+def timed(policy: Policy, observation: Observation) -> float:
+    """One action from observation to numbers, in ms; nothing is left to do on a GPU after it."""
+    import torch
+
+    on_gpu = policy.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(policy.device)
+    start = time.perf_counter()
+    policy.act(observation)
+    if on_gpu:
+        torch.cuda.synchronize(policy.device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _measure(contestants: list[Contestant], rounds: int, instruction: str) -> None:
+    """Fill in the times.
+
+    All of them act in every round, so that whatever slows the machine down meets all alike; their
+    order in a round is random, so that none always follows the same one.
+    """
+    from tqdm import tqdm
+
+    observations = [
+        [synthetic_observation(c.policy.config, instruction, seed) for seed in range(OBSERVATIONS)]
+        for c in contestants
+    ]
+    order = random.Random(0)
+    total = WARM_UP_ROUNDS + rounds
+    for number in tqdm(range(total), "bench", unit="round", file=sys.stderr, leave=False):
+        for i in order.sample(range(len(contestants)), len(contestants)):
+            elapsed = timed(contestants[i].policy, observations[i][number % OBSERVATIONS])
+            if number >= WARM_UP_ROUNDS:
+                contestants[i].times_ms.append(elapsed)
+
+
+def summarise(contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
+    """What each is and took, and under `against_first` its share of what the first one took."""
+    first = contestants[0]
+    rows = []
+    for contestant in contestants:
+        policy, memory = contestant.policy, contestant.policy.weight_bytes()
+        p50, p99 = percentiles(contestant.times_ms)
+        row: dict[str, Any] = {
+            "label": contestant.label,
+            "policy": contestant.name,
+            "hash": policy.hash,
+            "engine": policy.engine.name,
+            "dtype": _dtype(policy),
+            "device": str(policy.device),
+            "latency_ms": {"p50": p50, "p99": p99},
+            "memory_bytes": {"llm": memory["llm"], "total": memory["total"]},
+        }
+        if contestant is not first:
+            reference = first.policy.weight_bytes()
+            row["against_first"] = {
+                "latency_p50": p50 / percentiles(first.times_ms)[0],
+                "latency_p50_ci95": list(ratio_interval(contestant.times_ms, first.times_ms)),
+                "memory_llm": memory["llm"] / reference["llm"],
+                "memory_total": memory["total"] / reference["total"],
+            }
+        rows.append(row)
+    return rows
+
+
+def percentiles(times_ms: Sequence[float]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    import numpy as np
+
+    p50, p99 = np.percentile(times_ms, [50, 99])
+    return float(p50), float(p99)
+
+
+def ratio_interval(times: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the ratio of the medians of two equally long series, by the bootstrap.
+
+    Whole rounds are resampled (the percentile method, Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, section 13.3): what slowed a round down slowed both series down.
+    """
+    import numpy as np
+
+    both = np.array([times, reference])
+    rng = np.random.default_rng(0)
+    ratios = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        rounds = rng.integers(both.shape[1], size=both.shape[1])
+        median, reference_median = np.median(both[:, rounds], axis=1)
+        ratios[i] = median / reference_median
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on: JSON-able."""
+    import torch
+
+    cpu = platform.processor()
+    if (facts := Path("/proc/cpuinfo")).is_file():
+        lines = facts.read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        cpu = models[0] if models else cpu
+    return {
+        "cpu": cpu or platform.machine(),
+        "processors": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _dtype(policy: Policy) -> str:
+    return str(policy.dtype).removeprefix("torch.")
+
+
+def _table(summaries: list[dict[str, Any]]) -> str:
+    from rlrc_ros.trials.table import quantity
+
+    lines = [("", "p50 ms", "p99 ms", "against the first", "LLM MB", "", "model MB", "")]
+    for row in summaries:
+        latency, memory, ratio = row["latency_ms"], row["memory_bytes"], row.get("against_first")
+        lines.append(
+            (
+                row["label"],
+                quantity(latency["p50"]),
+                quantity(latency["p99"]),
+                _speed(ratio) if ratio else "",
+                quantity(memory["llm"] / 1e6),
+                f"{ratio['memory_llm']:.2f}×" if ratio else "",
+                quantity(memory["total"] / 1e6),
+                f"{ratio['memory_total']:.2f}×" if ratio else "",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell.rjust(w)}" for cell, w in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )
+
+
+def _speed(ratio: dict[str, Any]) -> str:
+    low, high = ratio["latency_p50_ci95"]
+    return f"{ratio['latency_p50']:.3f}× ({low:.3f}–{high:.3f})"
+
+
+def _footnote(facts: dict[str, Any]) -> str:
+    where = facts["machine"]
+    gpu = f"{where['gpu']}, " if where["gpu"] else ""
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    before, after = facts["load_average"]
+    lines = [
+        f"{gpu}{where['cpu']}, {threads}, torch {where['torch']}; {facts['rounds']} rounds; ratios "
+        "with 95% intervals; memory is that of the weights as held"
+    ]
+    if max(before, after) > where["processors"] + 0.5:
+        lines.append(
+            f"load average {before:.1f} to {after:.1f} on {where['processors']} processors: other "
+            "programs were running, which p99 shows most"
+        )
+    return "\n".join(lines)

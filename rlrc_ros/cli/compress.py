@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ HELP = "run the whole pipeline: demonstrations, SFT, pruning, recovery by SFT an
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "config", type=Path, help="the run's YAML, such as config/training/tabletop.yaml"
+        "config",
+        help="the run's YAML: a file, or tabletop or tiny for the package's own",
     )
     parser.add_argument(
         "--out",
@@ -33,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run it and print a table of the stages."""
-    import sys
-
+    from rlrc_ros.paths import config_file
     from training.compress import Pipeline
     from training.config import load_config
 
@@ -43,9 +44,9 @@ def main(arguments: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {line}", file=sys.stderr, flush=True)
 
-    summary = Pipeline(load_config(arguments.config), arguments.out, arguments.device, say).run(
-        not arguments.skip_evaluation
-    )
+    config = load_config(config_file("training", arguments.config))
+    pipeline = Pipeline(config, arguments.out, arguments.device, say)
+    summary = pipeline.run(not arguments.skip_evaluation)
     emit(arguments, summary, f"{table(summary)}\nbundles and summary.json: {arguments.out}")
     return 0
 

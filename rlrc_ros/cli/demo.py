@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlrc_ros.cli.arguments import seed, whole_number
 from rlrc_ros.cli.output import emit
+from rlrc_ros.errors import UserError
 
 if TYPE_CHECKING:
     from rlrc_ros.trials.frames import FrameStrip
@@ -19,13 +21,25 @@ HELP = "compress a tiny policy, then try the shipped ones on the simulated arm o
 
 ARMS = {"original": "tabletop-original", "compressed": "tabletop-compressed"}
 FRAMES = 6
+MARKER, REPORT, COMPRESS, TRIAL = ".rlrc-demo", "report.html", "compress", "trial"
+"""What a demo's directory holds; the marker says that it is one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("--out", type=Path, required=True, help="directory for bags and report")
-    parser.add_argument("--pairs", type=int, default=10, help="scenes to try both in (default 10)")
-    parser.add_argument("--seed", type=int, default=900_000, help="the first scene's seed")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory for bags and report; a demo that was stopped goes on, a finished one is "
+        "made anew",
+    )
+    parser.add_argument(
+        "--pairs", type=whole_number(1), default=10, help="scenes to try both in (default 10)"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=900_000, help="the first scene's seed (default 900000)"
+    )
     parser.add_argument(
         "--skip-compress", action="store_true", help="only the trial, without the pipeline"
     )
@@ -33,25 +47,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run it and print the table."""
+    # Before anything else: what is missing should be said at once, not after the first part.
+    import rlrc_ros.trials.client  # noqa: F401
     from rlrc_ros.trials.summary import summarise
     from rlrc_ros.trials.table import text_table
 
     say = _Clock()
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    compressed = None if arguments.skip_compress else _compress(out, say)
+    _claim(out)
     policies = {arm: _facts(bundle) for arm, bundle in ARMS.items()}
+    compressed = None if arguments.skip_compress else _compress(out, say)
     records = _trial(arguments, out, say)
     summary = summarise(records, ("original", "compressed"))
-    report = _report(arguments, out, records, summary, policies, compressed)
     data = {
-        "report": str(report),
+        "report": str(out / REPORT),
         "trial": summary.to_dict(),
         "policies": policies,
         "compress": compressed,
     }
-    emit(arguments, data, f"\n{text_table(summary, policies)}\n\nreport: {report}")
+    report = _report(arguments, out, records, summary, policies, compressed)
+    emit(arguments, data, f"\n{text_table(summary, policies, width=100)}\n\nreport: {report}")
     return 0
+
+
+def _claim(out: Path) -> None:
+    """Make the directory, or make room in that of an earlier demo; leave anything else alone.
+
+    Raises:
+        UserError: other things are in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    marker = out / MARKER
+    if not marker.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: holds other files; name a new or an empty directory")
+    marker.touch()
+    if (out / REPORT).exists():
+        shutil.rmtree(out / COMPRESS, ignore_errors=True)
+        (out / REPORT).unlink()
+    shutil.rmtree(out / TRIAL, ignore_errors=True)
 
 
 class _Clock:
@@ -71,9 +104,8 @@ def _compress(out: Path, say: _Clock) -> dict[str, Any]:
     from training.config import load_config
 
     say("part 1 of 2: every stage of `rlrc compress`, with hardly any work in it")
-    directory = out / "compress"
-    shutil.rmtree(directory, ignore_errors=True)
-    return Pipeline(load_config(config_file("training", "tiny")), directory, "cpu", say).run()
+    config = load_config(config_file("training", "tiny"))
+    return Pipeline(config, out / COMPRESS, "cpu", say).run()
 
 
 def _facts(bundle: str) -> dict[str, Any]:
@@ -90,8 +122,7 @@ def _trial(arguments: argparse.Namespace, out: Path, say: _Clock) -> list[Episod
 
     trial = SimulatedTrial(arms=ARMS, pairs=arguments.pairs, first_seed=arguments.seed)
     say(f"part 2 of 2: {trial.pairs} scenes, the original and the compressed policy in each")
-    directory = out / "trial"
-    shutil.rmtree(directory, ignore_errors=True)
+    directory = out / TRIAL
 
     def progress(record: EpisodeRecord) -> None:
         say(
@@ -125,14 +156,14 @@ def _report(
             }
             for stage in compressed["stages"]
         ]
-    path = out / "report.html"
+    path = out / REPORT
     write_report(
         path,
         title="Original against compressed on the simulated tabletop",
         summary=summary,
         records=records,
         policies=policies,
-        frames=_frames(out / "trial", records),
+        frames=_frames(out / TRIAL, records),
         notes=[
             "Both policies ran as ROS 2 nodes on the simulated arm, in the same scenes, in random "
             "order. The simulator's state judged success. Every episode is recorded as a bag."

@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rlrc_ros.cli.arguments import seed, whole_number
+from rlrc_ros.cli.bench import percentiles, synthetic_observation, timed
 from rlrc_ros.cli.output import emit
-from rlrc_ros.errors import UserError
+
+if TYPE_CHECKING:
+    from training.evaluate import EpisodeResult, Evaluation
 
 HELP = "evaluate a policy over many simulated scenes"
+
+LATENCY_SAMPLES = 200
+"""On a GPU, after the episodes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", required=True, help="bundle directory, or the short name of a shipped bundle"
     )
-    parser.add_argument("--env", choices=["tabletop"], default="tabletop", help="where")
-    parser.add_argument("--episodes", type=int, default=100, help="how many scenes (default 100)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="the first scene's seed; the others follow"
+        "--env", choices=["tabletop"], default="tabletop", help="where (default tabletop)"
+    )
+    parser.add_argument(
+        "--episodes", type=whole_number(1), default=100, help="how many scenes (default 100)"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="the first scene's seed; the others follow (default 0)"
     )
     parser.add_argument(
         "--swap-instruction",
@@ -33,12 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
-        "--engine", default="auto", choices=["auto", "eager", "unrolled"], help="default auto"
+        "--engine",
+        default="auto",
+        choices=["auto", "eager", "unrolled"],
+        help="how the arithmetic is run, on a CPU (default auto: unrolled)",
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default auto"
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="in which precision, on a CPU (default auto: float32)",
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one a processor)")
+    parser.add_argument(
+        "--workers",
+        type=whole_number(1),
+        help="processes, or environments on a GPU (default: one a processor, or 128)",
+    )
     parser.add_argument(
         "--log", type=Path, help="keep every episode in this file (JSON lines); resumes from it"
     )
@@ -47,10 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
     from rlrc_ros.vla.bundle import resolve
-    from training.evaluate import Evaluation, compare, evaluate, summarise
+    from training.evaluate import Evaluation, compare, evaluate
 
-    if arguments.episodes < 1:
-        raise UserError(f"--episodes {arguments.episodes}: must be at least 1")
     task = Evaluation(
         policy=resolve(arguments.policy),
         episodes=arguments.episodes,
@@ -59,27 +78,47 @@ def main(arguments: argparse.Namespace) -> int:
         engine=arguments.engine,
         dtype=arguments.dtype,
     )
-    results = evaluate(task, arguments.device, arguments.workers, arguments.log)
+    against = replace(task, policy=resolve(arguments.against)) if arguments.against else None
+    log = arguments.log
+    results = evaluate(task, arguments.device, arguments.workers, log)
     summary: dict[str, Any] = {
         "policy": arguments.policy,
         "env": arguments.env,
         "seed": arguments.seed,
+        **_summary(task, results, arguments),
     }
-    summary |= summarise(results)
-    if arguments.against:
-        log = arguments.log and arguments.log.with_name(
-            f"{arguments.log.stem}-against{arguments.log.suffix}"
-        )
-        other = evaluate(
-            replace(task, policy=resolve(arguments.against)),
-            arguments.device,
-            arguments.workers,
-            log,
-        )
-        summary["against"] = {"policy": arguments.against, **summarise(other)}
+    if against:
+        if log:
+            log = log.with_name(f"{log.stem}-against{log.suffix}")
+        other = evaluate(against, arguments.device, arguments.workers, log)
+        summary["against"] = {
+            "policy": arguments.against,
+            **_summary(against, other, arguments),
+        }
         summary["paired_difference"] = compare(results, other)
     emit(arguments, summary, _for_people(summary))
     return 0
+
+
+def _summary(
+    task: Evaluation, results: list[EpisodeResult], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Success and latency; where episodes shared batches, the latency of single observations."""
+    from rlrc_ros.vla import load_policy
+    from training.common import pick_device
+    from training.evaluate import summarise
+
+    summary = summarise(results)
+    if summary["latency_ms"]["p50"] is None:
+        policy = load_policy(task.policy, str(pick_device(arguments.device)))
+        seen = [
+            synthetic_observation(policy.config, result.instruction, result.seed)
+            for result in results[:LATENCY_SAMPLES]
+        ]
+        times = [timed(policy, seen[i % len(seen)]) for i in range(10 + LATENCY_SAMPLES)]
+        p50, p99 = percentiles(times[10:])
+        summary["latency_ms"] = {"p50": p50, "p99": p99}
+    return summary
 
 
 def _for_people(summary: dict[str, Any]) -> str:
@@ -88,8 +127,7 @@ def _for_people(summary: dict[str, Any]) -> str:
         lines.append(f"{facts['policy']}: {_rate(facts)}")
         lines += [f"  {family:<6} {_rate(rate)}" for family, rate in facts["families"].items()]
         latency = facts["latency_ms"]
-        if latency["p50"] is not None:
-            lines.append(f"  latency p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms")
+        lines.append(f"  latency p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms")
     if "paired_difference" in summary:
         d = summary["paired_difference"]
         low, high = (100 * x for x in d["ci95"])

@@ -37,7 +37,6 @@ def _for_people(facts: dict[str, Any]) -> str:
     provenance = facts["provenance"]
     stages = [stage["stage"] for stage in provenance.get("stages", [])]
     lines.append(f"made by: {provenance.get('command', 'unknown')}")
-    lines.append(
-        f"stages: {' -> '.join(stages) or 'unknown'}; parent: {provenance.get('parent') or 'none'}"
-    )
+    parent = str(provenance.get("parent") or "none")[:12]
+    lines.append(f"stages: {' -> '.join(stages) or 'unknown'}; parent: {parent}")
     return "\n".join(lines)

@@ -7,10 +7,14 @@ returns the exit status. What is slow to import, a verb imports in its main.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import os
 import sys
+from typing import NoReturn
 
-from rlrc_ros.cli.output import reserve_stdout
+from rlrc_ros.cli.output import reserved_stdout
 from rlrc_ros.errors import UserError
 
 VERBS = ("demo", "inspect", "compress", "sft", "prune", "rl", "quantize", "eval", "bench", "bag")
@@ -21,6 +25,19 @@ EXTRAS = {
     "ros": {"rclpy", "sensor_msgs", "geometry_msgs", "std_srvs", "diagnostic_msgs"},
 }
 
+OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO),
+}
+"""Failures that lie with a path or the disk, not with this program."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line.
@@ -28,12 +45,33 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit status: 0, or 1 for a negative finding, or 2 for a mistake.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    name = "rlrc"
+    try:
+        arguments = _parser(argv).parse_args(argv)
+        name = f"rlrc {arguments.verb}"
+        with reserved_stdout() if arguments.json else contextlib.nullcontext():
+            return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        print(f"{name}: {line}", file=sys.stderr)
+        return 2
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser of the verb in `argv`, or of all of them: importing each takes time."""
+    parser = _Parser(
         prog="rlrc", description="Compress vision-language-action policies, run and compare them."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    wanted = [argv[0]] if argv and argv[0] in VERBS else VERBS
-    for name in wanted:
+    for name in [argv[0]] if argv and argv[0] in VERBS else VERBS:
         module = importlib.import_module(f"rlrc_ros.cli.{name}")
         verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(verb)
@@ -42,27 +80,28 @@ def main(argv: list[str] | None = None) -> int:
                 "--json", action="store_true", help="print one JSON object and nothing else"
             )
             leaf.set_defaults(run=module.main)
-    arguments = parser.parse_args(argv)
-    if arguments.json:
-        reserve_stdout()
-    try:
-        return arguments.run(arguments)
-    except UserError as error:
-        print(f"rlrc {arguments.verb}: {error}", file=sys.stderr)
-    except ModuleNotFoundError as error:
+    return parser
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell about a mistake that the user can mend; None for one of this program."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").partition(".")[0]
+        if missing == "rlrc":
+            return "the ROS interfaces are not built; run `make env`, or source the workspace"
         extra = next((extra for extra, names in EXTRAS.items() if missing in names), None)
-        if extra is None:
-            raise
         hint = f"pip install -e '.[{extra}]' in a checkout of this project"
-        print(
-            f"rlrc {arguments.verb}: needs '{missing}', which is not installed; {hint}",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print(f"rlrc {arguments.verb}: interrupted", file=sys.stderr)
-        return 130
-    return 2
+        return extra and f"needs '{missing}', which is not installed; {hint}"
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{os.strerror(error.errno)}"
+    # Reading turns what safetensors raises into a UserError; this is from writing.
+    safetensors = sys.modules.get("safetensors")
+    if safetensors and isinstance(error, safetensors.SafetensorError):
+        return " ".join(str(error).split())
+    return None
 
 
 def _leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

@@ -30,6 +30,6 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
         demonstrations(arguments),
         seed=arguments.seed,
         device=pick_device(arguments.device),
-        work=work_directory(arguments),
+        work=work_directory(arguments, config, trainable),
         latency=config.demonstrations.latency,
     )

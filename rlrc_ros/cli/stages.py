@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlrc_ros.cli.arguments import seed
 from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
 
@@ -20,9 +22,15 @@ def add_stage_arguments(
 ) -> None:
     """Add the arguments every stage takes."""
     parser.add_argument(
-        "config", type=Path, help="the pipeline's YAML; the stage's section is used"
+        "config",
+        help="the pipeline's YAML, of which the stage's section is used: a file, or tabletop or "
+        "tiny for the package's own",
     )
-    parser.add_argument("--policy", required=policy, help="bundle to start from")
+    parser.add_argument(
+        "--policy",
+        required=policy,
+        help="bundle to start from: a directory, or the short name of a shipped one",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the new bundle's directory")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     if data:
@@ -34,19 +42,23 @@ def add_stage_arguments(
             metavar="DIR",
             help="directories of shards",
         )
-        parser.add_argument("--seed", type=int, default=0, help="of the training (default 0)")
+        parser.add_argument("--seed", type=seed, default=0, help="of the training (default 0)")
 
 
 def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
     """Load, train, save, and say what was made; an existing bundle is not replaced."""
+    from rlrc_ros.paths import config_file
     from training.bundles import load_trainable, new_trainable
-    from training.common import pick_device, seed_everything
+    from training.common import forget_checkpoints, pick_device, seed_everything
     from training.config import load_config
 
     if arguments.out.exists():
         raise UserError(f"{arguments.out}: is there already; name another directory, or delete it")
-    config = load_config(arguments.config)
+    config = load_config(config_file("training", arguments.config))
     device = pick_device(arguments.device)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=arguments.out.parent):
+        pass  # better to find out before the training than after it
     if arguments.policy:
         trainable = load_trainable(arguments.policy, device)
     else:
@@ -54,6 +66,7 @@ def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
         trainable = new_trainable(config.model, demonstrations(arguments), device)
     facts = stage(arguments, config, trainable)
     bundle = trainable.save(arguments.out, name, **facts)
+    forget_checkpoints(_work(arguments))
     emit(
         arguments,
         {"bundle": str(bundle.path), "hash": bundle.hash, **facts},
@@ -69,10 +82,34 @@ def demonstrations(arguments: argparse.Namespace) -> Any:
     return join([read(directory) for directory in arguments.demonstrations])
 
 
-def work_directory(arguments: argparse.Namespace) -> Path:
-    """Where logs, checkpoints and corrections of a stage go: beside the bundle."""
+def work_directory(arguments: argparse.Namespace, config: Any, trainable: Any) -> Path:
+    """Where logs, checkpoints and corrections of a stage go: beside the bundle.
+
+    Raises:
+        UserError: what an earlier command left there was made from something else.
+    """
+    from training.common import claim
+
+    work = _work(arguments)
+    made_from = {
+        "policy": trainable.parent and trainable.parent.hash,
+        "demonstrations": [str(directory) for directory in arguments.demonstrations],
+        "seed": arguments.seed,
+        "config": asdict(config),
+    }
+    claim(work, made_from)
+    return work
+
+
+def _work(arguments: argparse.Namespace) -> Path:
     return arguments.out.with_name(f"{arguments.out.name}-work")
 
 
 def _text(path: Path, digest: str, facts: dict[str, Any]) -> str:
-    return f"{path}  {digest[:12]}\n{json.dumps(facts, indent=1)}"
+    return "\n".join(
+        [f"{path}  {digest[:12]}", *(f"  {name}: {_short(value)}" for name, value in facts.items())]
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -31,6 +31,12 @@ class Gripper:
     closed: float
     open: float
 
+    def __post_init__(self) -> None:
+        if self.open == self.closed:
+            raise UserError(
+                f"gripper_open and gripper_closed are both {self.open:g}: they must differ"
+            )
+
     def opening(self, position: float) -> float:
         """Position of the joint to opening in [0, 1]."""
         return float(np.clip((position - self.closed) / (self.open - self.closed), 0.0, 1.0))
@@ -102,24 +108,29 @@ class ObservationBuffer:
         with self._lock:
             self._latest.clear()
 
+    def check(self, config: BundleConfig) -> None:
+        """Raises UserError where the policy looks through a camera that is not here."""
+        for camera in config.cameras:
+            if camera.name not in self._topics:
+                raise UserError(
+                    f"the policy looks through camera '{camera.name}'; cameras here: "
+                    f"{', '.join(sorted(set(self._topics) - {self.JOINT_STATES})) or 'none'}"
+                )
+
     def snapshot(self, config: BundleConfig, now_ns: int) -> Snapshot:
         """The latest of what the policy needs, as of `now_ns`.
 
         Raises:
-            UserError: a source has sent nothing or nothing recent, or the parts lie too far apart
-                in time; one line that names the topic.
+            UserError: a source has sent nothing or nothing recent, is ahead of time, or the parts
+                lie too far apart in time; one line that names the topic.
         """
         cameras = [camera.name for camera in config.cameras]
         sources = [*cameras, self.JOINT_STATES] if config.proprioception else cameras
+        self.check(config)
         with self._lock:
             messages = {source: self._latest.get(source) for source in sources}
         stamps = {}
         for source, message in messages.items():
-            if source not in self._topics:
-                raise UserError(
-                    f"the policy looks through camera '{source}'; cameras here: "
-                    f"{', '.join(sorted(set(self._topics) - {self.JOINT_STATES})) or 'none'}"
-                )
             if message is None:
                 raise UserError(f"nothing has come on {self._topics[source]} ('{source}')")
             age = (now_ns - _ns(message)) * 1e-9
@@ -127,6 +138,12 @@ class ObservationBuffer:
                 raise UserError(
                     f"{self._topics[source]} ('{source}') is {age:.2f} s old, "
                     f"{self._max_age[source]:g} s are allowed"
+                )
+            # A source whose clock is ahead would pass for fresh long after it has died.
+            if age < -self._max_age[source]:
+                raise UserError(
+                    f"{self._topics[source]} ('{source}') is stamped {-age:.2f} s in the future; "
+                    "synchronise the clocks"
                 )
             stamps[source] = _ns(message)
         skew = (max(stamps.values()) - min(stamps.values())) * 1e-9

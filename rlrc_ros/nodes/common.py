@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,11 +39,18 @@ STEADY_CLOCK = Clock(clock_type=ClockType.STEADY_TIME)
 """For timers that must not stop or jump with simulated time."""
 
 
+TEARDOWN_TIME = 5.0
+"""s that destroying a node may take. Fast DDS can deadlock there: TCP channels of 3.2 do (see
+`rlrc_ros.bringup`)."""
+
+
 def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None = None) -> int:
     """Run a node until SIGINT or SIGTERM, and return the process's exit status.
 
     The signals do not shut the ROS context down, so that `before_shutdown` can still publish; no
-    callback runs beside it. A mistake in the parameters is printed as one line, with status 2.
+    callback runs beside it, unless it spins `node.executor` itself. The process ends within
+    TEARDOWN_TIME after that, whatever the middleware does. A UserError of the node's is printed as
+    one line, with status 2.
     """
     stopping = False
 
@@ -59,7 +67,7 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
             raise UserError(str(error).splitlines()[0]) from None
         node = make_node()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        _say(error)
         rclpy.try_shutdown()
         return 2
     executor = SingleThreadedExecutor()
@@ -70,13 +78,39 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
     try:
         while not stopping:
             executor.spin_once(timeout_sec=0.1)
+    except UserError as error:
+        _say(error)
+        return 2
     finally:
-        executor.shutdown()
         if before_shutdown is not None:
             before_shutdown(node)
+        # Outputs are closed. The kernel ends what hangs from here on: a deadlock in the middleware
+        # holds the interpreter's lock, and no Python code would run.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, TEARDOWN_TIME)
+        executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
     return 0
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have SIGINT and SIGTERM end the process from within a long callback, cleanly as ever."""
+
+    def leave(_signal: int, _frame: object) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(error: UserError) -> None:
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
 
 
 def number(

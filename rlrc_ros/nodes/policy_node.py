@@ -21,13 +21,11 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from numpy.typing import NDArray
 from rclpy.action.server import ActionServer, CancelResponse, GoalResponse
-from rclpy.client import Client
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.task import Future
 from rlrc.action import RunEpisode
 from rlrc.msg import GuardStatus, PolicyCommand, PolicyInfo, PolicyStatus
-from rlrc.srv import ListPolicies, LoadPolicy, StartRecording, StopRecording
-from sensor_msgs.msg import CompressedImage, Image, JointState
+from rlrc.srv import ListPolicies, LoadPolicy, StartRecording
 from std_srvs.srv import Trigger
 
 from rlrc_ros import execution
@@ -35,14 +33,17 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.execution import Episode, NotReady, PolicyStore
 from rlrc_ros.guard import STOPPED
 from rlrc_ros.messages.command import action_to_twist, policy_command
-from rlrc_ros.messages.observation import Gripper, ObservationBuffer
+from rlrc_ros.messages.observation import Gripper
 from rlrc_ros.messages.stamps import to_stamp
 from rlrc_ros.nodes import common
+from rlrc_ros.nodes.recorder_client import RecorderClient
+from rlrc_ros.nodes.sensors import listen
 from rlrc_ros.vla import Observation, Policy, load_policy
 
-RECORDER_PATIENCE = 10.0
-"""s for the recorder to answer."""
 LONGEST_EPISODE = 3600.0
+"""s."""
+FAREWELL_TIME = 3.0
+"""s that an episode cut off by SIGINT or SIGTERM may take to close its bag and give its result."""
 
 
 class PolicyNode(LifecycleNode):
@@ -56,9 +57,6 @@ class PolicyNode(LifecycleNode):
         self._engine = common.text(self, "engine", "auto", "auto, eager or unrolled")
         threads = common.integer(self, "threads", 1, "threads of a policy on the CPU", 1, 64)
         self._blind = common.flag(self, "blind", False, "publish no hash that names a policy")
-        skew = common.number(
-            self, "max_skew", 0.15, "s between the parts of an observation", 0.001, 2.0
-        )
         self._gripper = Gripper(
             joint=common.text(self, "gripper_joint", "finger_joint", "tells the gripper's opening"),
             closed=common.number(self, "gripper_closed", 0.0, "its position closed", -10.0, 10.0),
@@ -68,8 +66,9 @@ class PolicyNode(LifecycleNode):
         self._store = PolicyStore(self._load)
         self._episode: Episode | None = None
         self._done: Future[None] | None = None
+        """Of the goal that was accepted; None: the next one may be."""
         self._problem = ""
-        self._listen_to_sensors(skew)
+        self._buffer = listen(self)
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.COMMAND_QOS)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
@@ -78,61 +77,30 @@ class PolicyNode(LifecycleNode):
         self.create_service(LoadPolicy, "~/load_policy", self._on_load_policy)
         self.create_service(ListPolicies, "~/list_policies", self._on_list_policies)
         self.create_service(Trigger, "~/finish_episode", self._on_finish)
-        self._start_recording: Client[Any, Any] = self.create_client(
-            StartRecording, "recorder/start"
-        )
-        self._stop_recording: Client[Any, Any] = self.create_client(StopRecording, "recorder/stop")
+        self._recorder = RecorderClient(self)
         self._server = ActionServer(
             self,
             RunEpisode,
             "~/run_episode",
             self._run_episode,
             goal_callback=self._on_goal,
+            handle_accepted_callback=self._on_accepted,
             cancel_callback=self._on_cancel,
         )
         self.create_timer(1.0, self._report, clock=common.STEADY_CLOCK)
         if common.flag(self, "autostart", False, "configure and activate without being asked"):
             self._autostart = self.create_timer(0.0, self._start_by_itself)
 
-    def _listen_to_sensors(self, skew: float) -> None:
-        cameras = common.texts(
-            self, "cameras", "cameras, each as name=topic,raw|compressed,oldest age in s"
-        )
-        age = common.number(
-            self, "joint_states_max_age", 0.1, "oldest joint state that will do, s", 0.001, 2.0
-        )
-        joints = ObservationBuffer.JOINT_STATES
-        max_age, topics = {joints: age}, {joints: self.resolve_topic_name("joint_states")}
-        kinds = {}
-        for text in cameras:
-            name, _, rest = text.partition("=")
-            topic, kind, oldest = (*rest.split(","), "", "")[:3]
-            try:
-                max_age[name] = float(oldest or 0.2)
-                kinds[name] = {"raw": Image, "compressed": CompressedImage}[kind or "raw"]
-            except (KeyError, ValueError):
-                raise UserError(
-                    f"parameter cameras: '{text}' is not name=topic,raw|compressed,seconds"
-                ) from None
-            topics[name] = self.resolve_topic_name(topic)
-        self._buffer = ObservationBuffer(max_age, topics, skew)
-        for name, kind in kinds.items():
-            self.create_subscription(
-                kind, topics[name], partial(self._buffer.add, name), common.SENSOR_QOS
-            )
-        self.create_subscription(
-            JointState, "joint_states", partial(self._buffer.add, joints), common.SENSOR_QOS
-        )
-
     # Lifecycle
 
     def _start_by_itself(self) -> None:
         self._autostart.cancel()
-        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-            self.trigger_activate()
+        if self.trigger_configure() != TransitionCallbackReturn.SUCCESS:
+            raise SystemExit(2)  # whoever started it sees it end; the log says why
+        self.trigger_activate()
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load and warm up the policies."""
+        """Load and warm up the policies; the first one is active."""
         try:
             for text in self._given:
                 label, _, path = text.partition("=")
@@ -144,9 +112,12 @@ class PolicyNode(LifecycleNode):
                     f"{label}: {policy.hash[:12]}, ready in {time.monotonic() - began:.1f} s"
                 )
         except UserError as error:
+            self._store.clear()
             self._problem = str(error)
             self.get_logger().error(self._problem)
             return TransitionCallbackReturn.FAILURE
+        if self._given:
+            self._store.activate(self._given[0].partition("=")[0])
         self._problem = ""
         return super().on_configure(state)
 
@@ -160,6 +131,27 @@ class PolicyNode(LifecycleNode):
         self.end_episode(execution.NODE_DEACTIVATED)
         return super().on_deactivate(state)
 
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Let go of the policies."""
+        self._store.clear()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop the arm, whatever state the node is in."""
+        self.end_episode(execution.NODE_DEACTIVATED)
+        return super().on_shutdown(state)
+
+    def leave(self) -> None:
+        """Before the process ends: stop the arm, close the bag, give the client its result."""
+        if self._is_active():
+            self.trigger_deactivate()
+        executor, deadline = self.executor, time.monotonic() + FAREWELL_TIME
+        assert executor is not None
+        while self._done is not None and time.monotonic() < deadline:
+            executor.spin_once(timeout_sec=0.1)
+        for _ in range(3):  # the result goes out in a callback of its own
+            executor.spin_once(timeout_sec=0.05)
+
     def end_episode(self, reason: str, message: str = "") -> None:
         """End the running episode, if any, and command a stop."""
         if self._episode is not None and not self._episode.ended:
@@ -170,8 +162,15 @@ class PolicyNode(LifecycleNode):
         return self._state_machine.current_state[1] == "active"
 
     def _load(self, path: str) -> Policy:
-        policy = load_policy(path, self._device, self._engine)  # type: ignore[arg-type]
-        policy.warm_up()
+        try:
+            with common.interruptible():
+                policy = load_policy(path, self._device, self._engine)  # type: ignore[arg-type]
+                policy.warm_up()
+        except UserError:
+            raise
+        except Exception as error:  # out of memory, a damaged tokenizer: the node must live on
+            first = (str(error).splitlines() or [""])[0]
+            raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {first}") from None
         return policy
 
     # Episodes
@@ -183,8 +182,12 @@ class PolicyNode(LifecycleNode):
         if self._done is not None:
             self.get_logger().warning("goal refused: an episode is running")
             return GoalResponse.REJECT
-        self._done = Future(executor=self.executor)
         return GoalResponse.ACCEPT
+
+    def _on_accepted(self, handle: Any) -> None:
+        # Not when the goal is judged: if its client is gone by then, nothing would ever clear it.
+        self._done = Future(executor=self.executor)
+        handle.execute()
 
     def _on_cancel(self, _: Any) -> CancelResponse:
         self.end_episode(execution.OPERATOR_STOP, "the goal was cancelled")
@@ -202,21 +205,12 @@ class PolicyNode(LifecycleNode):
 
     async def _run_episode(self, handle: Any) -> RunEpisode.Result:
         result = RunEpisode.Result(outcome="unlabelled")
-        recording = False
         try:
-            episode = self._prepare(handle.request)
-            result.episode_id = episode.episode_id
-            if handle.request.record:
-                result.bag_uri = await self._record(episode)
-                recording = True
-            await self._act(episode, handle)
-            self._tell(episode, result)
+            await self._carry_out(handle, result)
         except UserError as error:
             result.termination_reason, result.message = execution.POLICY_ERROR, str(error)
         finally:
             self._episode = self._done = None
-        if recording:
-            await self._end_recording(result)
         if handle.is_cancel_requested:
             handle.canceled()
         elif result.termination_reason in (execution.FINISHED, execution.TIMEOUT):
@@ -229,22 +223,47 @@ class PolicyNode(LifecycleNode):
         )
         return result
 
+    async def _carry_out(self, handle: Any, result: RunEpisode.Result) -> None:
+        """Run the episode, and its recording around it; raises UserError before it begins."""
+        episode = self._prepare(handle.request)
+        result.episode_id = episode.episode_id
+        # From here on whatever ends an episode ends this one, though the recorder be slow.
+        self._episode = episode
+        if handle.is_cancel_requested:
+            episode.end(execution.OPERATOR_STOP, "the goal was cancelled")
+        elif not self._is_active():
+            episode.end(execution.NODE_DEACTIVATED)
+        if handle.request.record:
+            result.bag_uri = await self._record(episode)
+        try:
+            await self._act(episode, handle)
+        finally:
+            self._tell(episode, result)
+            if result.bag_uri:
+                problem = await self._recorder.stop(result.termination_reason)
+                if problem:
+                    messages = filter(None, [result.message, f"recording: {problem}"])
+                    result.message = "; ".join(messages)
+
     def _prepare(self, goal: RunEpisode.Goal) -> Episode:
         """A new episode; raises UserError for a goal that makes no sense."""
         if not self._store.resident:
             raise UserError("no policy is loaded; call ~/load_policy")
-        policy = self._store.activate(goal.policy_label or self._store.active)
+        label = goal.policy_label or self._store.active
+        policy = self._store.get(label)
         policy.processor.token_ids(goal.instruction)
+        self._buffer.check(policy.config)
         if not 0 < goal.max_duration <= LONGEST_EPISODE:
             raise UserError(
                 f"max_duration is {goal.max_duration:g} s; it must be above 0 and at most "
                 f"{LONGEST_EPISODE:g} s"
             )
+        self._store.activate(label)
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         return Episode(
             goal.episode_id or f"{stamp}-{secrets.token_hex(3)}",
             goal.instruction,
-            self._store.active,
+            label,
             policy,
             goal.max_duration,
             look=partial(self._look, policy, goal.instruction),
@@ -257,17 +276,16 @@ class PolicyNode(LifecycleNode):
         done = self._done
         assert done is not None
         self._buffer.forget()
-        self._episode = episode
 
         def tick() -> None:
             episode.tick()
             self._publish_status()
-            rate = len(episode.statistics.totals_ms) / max(episode.elapsed, 1e-3)
+            statistics = episode.statistics
             handle.publish_feedback(
                 RunEpisode.Feedback(
-                    step=episode.statistics.steps,
-                    rate=rate,
-                    observation_age=episode.statistics.observation_age,
+                    step=statistics.steps,
+                    rate=statistics.rate(),
+                    observation_age=statistics.observation_age,
                 )
             )
             if episode.ended and not episode.busy and not done.done():
@@ -337,35 +355,7 @@ class PolicyNode(LifecycleNode):
             policy_label=episode.label,
             bundle_hash=episode.policy.hash,
         )
-        response = await self._ask(self._start_recording, request)
-        if not response.success:
-            raise UserError(f"the recorder: {response.message}")
-        return response.uri
-
-    async def _end_recording(self, result: RunEpisode.Result) -> None:
-        request = StopRecording.Request(termination_reason=result.termination_reason)
-        try:
-            response = await self._ask(self._stop_recording, request)
-            result.bag_uri = response.uri
-            problem = "" if response.success else response.message
-        except UserError as error:
-            problem = str(error)
-        if problem:
-            result.message = "; ".join(filter(None, [result.message, f"recording: {problem}"]))
-
-    async def _ask(self, client: Any, request: Any) -> Any:
-        """Call a service of the recorder's; raises UserError where it is missing or silent."""
-        if not client.service_is_ready():
-            raise UserError(
-                f"there is no {client.srv_name}; start recorder_node, or set record to false"
-            )
-        future = client.call_async(request)
-        timer = self.create_timer(RECORDER_PATIENCE, future.cancel, clock=common.STEADY_CLOCK)
-        response = await future
-        self.destroy_timer(timer)
-        if response is None:
-            raise UserError(f"{client.srv_name} did not answer within {RECORDER_PATIENCE:g} s")
-        return response
+        return await self._recorder.start(request)
 
     # Policies
 
@@ -456,9 +446,7 @@ class PolicyNode(LifecycleNode):
 
 def main() -> int:
     """Run the node."""
-    return common.run(
-        PolicyNode, lambda node: node.end_episode(execution.NODE_DEACTIVATED, "shutdown")
-    )
+    return common.run(PolicyNode, PolicyNode.leave)
 
 
 if __name__ == "__main__":

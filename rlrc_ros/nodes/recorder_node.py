@@ -35,7 +35,7 @@ from rlrc_ros.rollouts.recording import Recording
 if TYPE_CHECKING:
     from rclpy.subscription import MessageInfo
 
-MATCHING_TIME = 0.5
+MATCHING_TIME = 2.0
 """How long `~/start` waits at most until every publisher has been matched, in s."""
 QUEUE_DEPTH = 100
 """Messages of a topic that may wait while the process is busy with others."""

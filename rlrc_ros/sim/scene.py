@@ -154,19 +154,15 @@ def sample_scene(seed: int, family: str | None = None) -> Scene:
         )
         for kind, colour, size, xy in zip(kinds, colours[3:], target_sizes, targets_xy, strict=True)
     )
-    tilt = rng.uniform(-0.5, 0.5, 2)
+    gripper = _floats(rng.uniform((0.38, -0.05, 0.17, -0.15), (0.44, 0.05, 0.20, 0.15)))
     scene = Scene(
         seed=int(seed),
         family=family or drawn_family,
         instruction="",
         objects=objects,
         targets=targets,
-        gripper=_floats(rng.uniform((0.38, -0.05, 0.17, -0.15), (0.44, 0.05, 0.20, 0.15))),
-        light_direction=(float(tilt[0]), float(tilt[1]), -1.0),
-        light=float(rng.uniform(0.40, 0.65)),
-        ambient=float(rng.uniform(0.30, 0.45)),
-        camera_shift=_floats(rng.uniform(-0.01, 0.01, 3)),
-        camera_turn=_floats(rng.uniform(-1, 1, 3) * np.radians(1)),
+        gripper=gripper,
+        **_view(rng),
     )
     push = Goal("push", *pushes[rng.integers(len(pushes))])
     choice = rng.random()
@@ -177,6 +173,22 @@ def sample_scene(seed: int, family: str | None = None) -> Scene:
     ]
     instruction = candidates[int(choice * len(candidates))]
     return replace(scene, instruction=instruction)
+
+
+def with_other_view(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same scene in another light and from a camera displaced otherwise."""
+    return replace(scene, **_view(rng))
+
+
+def _view(rng: np.random.Generator) -> dict[str, Any]:
+    tilt = rng.uniform(-0.5, 0.5, 2)
+    return {
+        "light_direction": (float(tilt[0]), float(tilt[1]), -1.0),
+        "light": float(rng.uniform(0.40, 0.65)),
+        "ambient": float(rng.uniform(0.30, 0.45)),
+        "camera_shift": _floats(rng.uniform(-0.01, 0.01, 3)),
+        "camera_turn": _floats(rng.uniform(-1, 1, 3) * np.radians(1)),
+    }
 
 
 def _floats(values: np.ndarray) -> tuple[Any, ...]:

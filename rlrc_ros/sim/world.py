@@ -26,7 +26,7 @@ from rlrc_ros.sim.model import (
     compile_model,
     mujoco,
 )
-from rlrc_ros.sim.scene import ObjectSpec, Scene, TargetSpec, sample_scene
+from rlrc_ros.sim.scene import ObjectSpec, Scene, TargetSpec, sample_scene, with_other_view
 from rlrc_ros.sim.tasks import PLATE_THICKNESS, TableState, satisfied
 
 CONTROL_PERIOD = 0.01  # seconds between solutions of the inverse kinematics
@@ -100,6 +100,10 @@ class World:
         self._elapsed = 0.0
         self._periods = 0
         return scene
+
+    def change_view(self, rng: np.random.Generator) -> None:
+        """Render the scene in another light, and from a camera displaced otherwise, from now on."""
+        self._cameras.place(with_other_view(self.scene, rng))
 
     def _write_object(self, geom: int, thing: ObjectSpec) -> None:
         model, size, half = self.model, thing.size, thing.size / 2

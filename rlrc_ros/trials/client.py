@@ -9,6 +9,7 @@ from typing import Any
 
 import rclpy
 from rclpy.action.client import ActionClient
+from rclpy.client import Client
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rlrc.action import RunEpisode
@@ -17,6 +18,7 @@ from rlrc.srv import LabelEpisode, ListPolicies, LoadPolicy, ResetScene
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.messages.stamps import to_nanoseconds
 
 ANSWER_TIME = 30.0
 """s for a service to answer; loading a large policy takes longer, see `load_policy`."""
@@ -48,6 +50,7 @@ class RobotClient:
         self._node = rclpy.create_node("rlrc_client", context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
+        self._alive: Callable[[], None] = lambda: None
         self._task: TaskState | None = None
         self._guard: GuardStatus | None = None
         self._node.create_subscription(TaskState, "sim_arm/task_state", self._on_task, 10)
@@ -55,6 +58,17 @@ class RobotClient:
         self._run: ActionClient[Any, Any, Any] = ActionClient(
             self._node, RunEpisode, "policy/run_episode"
         )
+        # All at once: a service may not know yet where to answer a client that has just appeared.
+        self._clients: dict[str, Client[Any, Any]] = {
+            name: self._node.create_client(kind, name)
+            for name, kind in {
+                "policy/list_policies": ListPolicies,
+                "policy/load_policy": LoadPolicy,
+                "policy/finish_episode": Trigger,
+                "recorder/label": LabelEpisode,
+                "sim_arm/reset": ResetScene,
+            }.items()
+        }
 
     def __enter__(self) -> RobotClient:
         return self
@@ -68,49 +82,55 @@ class RobotClient:
     def wait_until_ready(self, alive: Callable[[], None], timeout: float = 60.0) -> None:
         """Wait until all nodes answer.
 
-        alive: called again and again; raises when a node has died.
+        alive: called in every wait from now on; raises when a node has died.
 
         Raises:
             UserError: not all of them are there in time.
         """
+        self._alive = alive
         waiting = {
             "policy/run_episode": self._run.server_is_ready,
             "command_guard": lambda: self._guard is not None,
             "sim_arm": lambda: self._task is not None,
+            "recorder": self._clients["recorder/label"].service_is_ready,
         }
 
-        def ready() -> bool:
-            alive()
-            return all(there() for there in waiting.values())
-
-        if not self._until(ready, timeout):
+        if not self._until(lambda: all(there() for there in waiting.values()), timeout):
             missing = [name for name, there in waiting.items() if not there()]
             raise UserError(f"no answer from {', '.join(missing)} within {timeout:g} s")
+        deadline = time.monotonic() + timeout
         while not self.policies():
-            alive()
+            if time.monotonic() > deadline:
+                raise UserError(f"policy_node has loaded nothing within {timeout:g} s")
             self._until(lambda: False, 0.2)
 
     def policies(self) -> list[Any]:
         """What the policy node has loaded: rlrc/PolicyInfo."""
-        return list(self._call(ListPolicies, "policy/list_policies").policies)
+        return list(self._call("policy/list_policies").policies)
 
     def load_policy(self, label: str, policy: str = "", timeout: float = 600.0) -> float:
         """Make a policy active, loading it if a bundle is given; returns the seconds it took."""
-        response = self._call(LoadPolicy, "policy/load_policy", timeout, policy=policy, label=label)
+        response = self._call("policy/load_policy", timeout, policy=policy, label=label)
         _check(response)
         return response.seconds
 
     def reset_scene(self, seed: int) -> ResetScene.Response:
         """Set up the simulated scene of a seed."""
-        response = self._call(ResetScene, "sim_arm/reset", seed=seed)
+        response = self._call("sim_arm/reset", seed=seed)
         _check(response)
-        self._task = None
-        self._until(lambda: self._task is not None and self._task.seed == seed, ANSWER_TIME)
+        # What comes first may still tell of the scene before, which may have had the same seed.
+        reset_at = self._node.get_clock().now().nanoseconds
+
+        def is_up() -> bool:
+            return self._task is not None and to_nanoseconds(self._task.header.stamp) > reset_at
+
+        if not self._until(is_up, ANSWER_TIME):
+            raise UserError(f"sim_arm/task_state has not come within {ANSWER_TIME:g} s")
         return response
 
     def label_episode(self, uri: str, outcome: str, notes: str = "") -> None:
         """Write down an episode's outcome in its bag."""
-        _check(self._call(LabelEpisode, "recorder/label", uri=uri, outcome=outcome, notes=notes))
+        _check(self._call("recorder/label", uri=uri, outcome=outcome, notes=notes))
 
     def run_episode(
         self, instruction: str, label: str, episode_id: str, max_duration: float, record: bool
@@ -137,7 +157,7 @@ class RobotClient:
                 )
             if not success and self._task is not None and self._task.success:
                 success = True
-                self._call(Trigger, "policy/finish_episode")
+                self._call("policy/finish_episode")
         duration = time.monotonic() - began
         return EpisodeOutcome(result.result().result, success, duration, _rise(before, self._guard))
 
@@ -147,14 +167,11 @@ class RobotClient:
     def _on_guard(self, message: GuardStatus) -> None:
         self._guard = message
 
-    def _call(self, kind: Any, name: str, timeout: float = ANSWER_TIME, **fields: Any) -> Any:
-        client: Any = self._node.create_client(kind, name)
-        try:
-            if not self._until(client.service_is_ready, ANSWER_TIME):
-                raise UserError(f"there is no service {name}; is its node running?")
-            return self._wait(client.call_async(kind.Request(**fields)), timeout, name)
-        finally:
-            self._node.destroy_client(client)
+    def _call(self, name: str, timeout: float = ANSWER_TIME, **fields: Any) -> Any:
+        client = self._clients[name]
+        if not self._until(client.service_is_ready, ANSWER_TIME):
+            raise UserError(f"there is no service {name}; is its node running?")
+        return self._wait(client.call_async(client.srv_type.Request(**fields)), timeout, name)
 
     def _wait(self, future: Any, timeout: float, name: str) -> Any:
         if not self._until(future.done, timeout):
@@ -165,6 +182,7 @@ class RobotClient:
         """Serve callbacks until the condition holds; whether it came to hold in time."""
         deadline = time.monotonic() + timeout
         while not (held := condition()) and (left := deadline - time.monotonic()) > 0:
+            self._alive()
             self._executor.spin_once(timeout_sec=min(left, 0.02))
         return held
 

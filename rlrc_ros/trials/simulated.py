@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import secrets
@@ -47,16 +48,24 @@ def running_nodes(specs: list[bringup.NodeSpec], logs: Path) -> Iterator[Callabl
     Gives a function that raises UserError when one of them has died.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    # Not the domain of a robot that may be on the same network; this process joins it too.
-    os.environ.update(bringup.TRANSPORT_ENVIRONMENT)
-    os.environ["ROS_DOMAIN_ID"] = str(random.SystemRandom().randint(1, 101))
-    os.environ["ROS_LOG_DIR"] = str(logs)
-    processes = {}
+    variables = {
+        **bringup.TRANSPORT_ENVIRONMENT,
+        # Not the domain of a robot that may be on the same network.
+        "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
+        "ROS_LOG_DIR": str(logs),
+    }
+    processes: dict[str, subprocess.Popen[bytes]] = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_environment(variables))  # this process joins the domain too
+        stack.callback(_stop, processes)
         for spec in specs:
             log = stack.enter_context((logs / f"{spec.executable}.log").open("w"))
             processes[spec.executable] = subprocess.Popen(
-                spec.command(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                spec.command(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
         def alive() -> None:
@@ -66,17 +75,42 @@ def running_nodes(specs: list[bringup.NodeSpec], logs: Path) -> Iterator[Callabl
                     last = (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
                     raise UserError(f"{name} has ended ({process.returncode}): {last}; see {log}")
 
+        yield alive
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """In a new process: have Linux interrupt it when this one is killed and cannot stop it."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _stop(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """Ask all of them to end, then wait."""
+    for process in processes.values():
+        process.send_signal(signal.SIGINT)
+    for process in processes.values():
         try:
-            yield alive
-        finally:
-            for process in processes.values():
-                process.send_signal(signal.SIGINT)
-            for process in processes.values():
-                try:
-                    process.wait(STOP_TIME)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            process.wait(STOP_TIME)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def run_trial(

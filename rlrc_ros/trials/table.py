@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,15 +87,26 @@ def detail_rows(summary: Summary) -> list[Row]:
     return rows
 
 
-def text_table(summary: Summary, policies: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """The headline rows as aligned plain text; for `policies` see `headline_rows`."""
+def text_table(
+    summary: Summary,
+    policies: Mapping[str, Mapping[str, Any]] | None = None,
+    width: int | None = None,
+) -> str:
+    """The headline rows as aligned plain text; for `policies` see `headline_rows`.
+
+    width: wrap the last column so that no line is longer than this many characters.
+    """
     lines = [("", *summary.arms, "difference or ratio")]
     lines += [dataclasses.astuple(row) for row in headline_rows(summary, policies)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    *widths, last = (max(map(len, column)) for column in zip(*lines, strict=True))
+    indent = sum(widths) + 2 * len(widths)
+    if width is not None:
+        last = min(last, max(16, width - indent))
+    rows = []
+    for *cells, change in lines:
+        start = "".join(cell.ljust(w) + "  " for cell, w in zip(cells, widths, strict=True))
+        wrapped = textwrap.wrap(change, last) or [""]
+        rows += [(start + wrapped[0]).rstrip(), *(" " * indent + more for more in wrapped[1:])]
     return "\n".join(rows)
 
 

@@ -51,8 +51,16 @@ class Bundle:
         return self.path.name
 
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer."""
-        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        """The bundle's tokenizer.
+
+        Raises:
+            UserError: its file cannot be read.
+        """
+        file = self.path / "tokenizer.json"
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise UserError(f"{file}: not a readable tokenizer ({error})") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the stored tensors, read from the header alone."""
@@ -104,7 +112,10 @@ def open_bundle(policy: str | Path) -> Bundle:
     path = resolve(policy)
     digest = _verify(path)
     config = from_dict(BundleConfig, read_json(path / "config.json"), str(path / "config.json"))
-    return Bundle(path, config, read_json(path / "provenance.json"), digest)
+    origin = read_json(path / "provenance.json")
+    if not isinstance(origin, dict):
+        raise UserError(f"{path / 'provenance.json'}: expected keys and values")
+    return Bundle(path, config, origin, digest)
 
 
 def _verify(path: Path) -> str:
@@ -113,7 +124,7 @@ def _verify(path: Path) -> str:
     if not sums_file.is_file():
         raise UserError(f"{path}: not a policy bundle, it has no {SUMS}")
     listed = {}
-    for number, line in enumerate(sums_file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(sums_file.read_text(errors="replace").splitlines(), 1):
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name or Path(name).name != name:
             raise UserError(f"{sums_file}:{number}: not a checksum of a file in this directory")
@@ -158,6 +169,8 @@ def write_bundle(
     partial.mkdir(parents=True)
     _write_json(partial / "config.json", config.to_dict())
     save_file(tensors, str(partial / "model.safetensors"), metadata={"format": "pt"})
+    # safetensors makes it readable to its owner alone, and robots have more users.
+    shutil.copymode(partial / "config.json", partial / "model.safetensors")
     tokenizer.save(str(partial / "tokenizer.json"))
     _write_json(partial / "provenance.json", provenance)
     sums = "".join(f"{sha256(partial / name)}  {name}\n" for name in FILES)

@@ -5,12 +5,19 @@ Architecture, action codec, contract with the robot.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rlrc_ros.errors import UserError
 
 FORMAT_VERSION = 1
+
+
+def _refuse_below(least: int, where: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"{where}: {name} is {value}, and must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,13 @@ class TowerConfig:
         return (self.image_size // self.patch) ** 2
 
     def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("width", "depth", "heads", "ffn", "patch")}
+        _refuse_below(1, "vision tower", **sizes, image_size=self.image_size)
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if not len(self.mean) == len(self.std) == 3 or not finite or min(self.std) <= 0:
+            raise UserError(
+                "vision tower: mean and std need three values each, those of std positive"
+            )
         if self.image_size % self.patch or self.width % self.heads:
             raise UserError(
                 f"vision tower: {self.image_size} px must divide into patches of {self.patch} px, "
@@ -84,6 +98,13 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if not self.layers:
             raise UserError("decoder: 'layers' is empty")
+        _refuse_below(1, "decoder", vocab_size=self.vocab_size, hidden_size=self.hidden_size)
+        _refuse_below(1, "decoder", max_positions=self.max_positions)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(f"decoder: head_dim is {self.head_dim}, and must be even and positive")
+        first, last = sorted((self.bos_token_id, self.pad_token_id))
+        if first < 0 or last >= self.vocab_size:
+            raise UserError(f"decoder: a token id is outside the {self.vocab_size} of vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +137,7 @@ class ActionCodecConfig:
     """False: the dimension is left in [-1, 1]."""
 
     def __post_init__(self) -> None:
+        _refuse_below(2, "action codec", n_bins=self.n_bins)
         if not len(self.q01) == len(self.q99) == len(self.mask):
             raise UserError("action codec: q01, q99 and mask must have the same length")
         if any(m and not lo < hi for lo, hi, m in zip(self.q01, self.q99, self.mask, strict=True)):
@@ -136,6 +158,9 @@ class CameraConfig:
     name: str
     height: int
     width: int
+
+    def __post_init__(self) -> None:
+        _refuse_below(1, f"camera '{self.name}'", height=self.height, width=self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +189,10 @@ class QuantizationConfig:
     parts: tuple[Literal["llm", "vision", "projector"], ...]
     block_size: int = 64
     double_quantization: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UserError("quantization: 'parts' is empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +223,8 @@ class BundleConfig:
             )
         if "{instruction}" not in self.instruction_template:
             raise UserError("instruction_template must contain {instruction}")
+        if not self.cameras:
+            raise UserError("'cameras' is empty, and a policy looks through one")
         if not self.control_rate > 0:
             raise UserError("control_rate must be positive")
         expected = self.architecture.proprioception

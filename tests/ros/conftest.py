@@ -20,6 +20,11 @@ else:
     from rclpy.executors import SingleThreadedExecutor
 
     from rlrc_ros.bringup import TRANSPORT_ENVIRONMENT
+    from rlrc_ros.sim import tasks
+    from rlrc_ros.vla import quantization
+    from rlrc_ros.vla.bundle import provenance, write_bundle
+    from rlrc_ros.vla.processor import word_tokenizer
+    from tests.conftest import WORDS, bundle_config, random_model
 
 BIN = Path(sys.executable).parent
 DISCOVERY_TIME = 20.0
@@ -106,9 +111,9 @@ class Process:
         self.popen.wait()
 
 
-@pytest.fixture
-def start(ros_environment, tmp_path):
-    """start(executable or words, parameters, …) → Process; all of them die with the test."""
+@contextlib.contextmanager
+def starting(base, directory):
+    """start(executable or words, parameters, …) → Process; all of them die at the end."""
     processes = []
 
     def start(command, parameters=None, environment=None, remappings=None, **keywords):
@@ -119,26 +124,62 @@ def start(ros_environment, tmp_path):
                 words += ["-p", f"{name}:={value}"]
             for name, other in (remappings or {}).items():
                 words += ["-r", f"{name}:={other}"]
-        variables = os.environ | ros_environment | (environment or {})
-        log = tmp_path / f"process_{len(processes)}.log"
+        variables = os.environ | base | (environment or {})
+        log = directory / f"process_{len(processes)}.log"
         processes.append(Process(words, log, env=variables, **keywords))
         return processes[-1]
 
-    yield start
-    for process in processes:
-        process.kill()
-        print(f"--- {process.popen.args}: {process.popen.returncode}\n{process.output}")
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.kill()
+            print(f"--- {process.popen.args}: {process.popen.returncode}\n{process.output}")
+
+
+@pytest.fixture
+def start(ros_environment, tmp_path):
+    """start(executable or words, parameters, …) → Process; all of them die with the test."""
+    with starting(ros_environment, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_shared(ros_environment, tmp_path_factory):
+    """The same for processes that the tests of a module share."""
+    with starting(ros_environment, tmp_path_factory.mktemp("shared")) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    """Two tiny random policies that fit the simulated arm: {"original": …, "compressed": …}."""
+    directory = tmp_path_factory.mktemp("bundles")
+    made = {}
+    for seed, (label, ffn) in enumerate({"original": 64, "compressed": 32}.items()):
+        config = bundle_config(layers=((2, 2, ffn),) * 2)
+        tensors = quantization.stored(random_model(config, seed))
+        origin = provenance(None, label)
+        made[label] = write_bundle(
+            directory / label,
+            config,
+            tensors,
+            word_tokenizer(WORDS + list(tasks.VOCABULARY)),
+            origin,
+        )
+    return made
 
 
 class Tester:
     """A node in the test's own process."""
 
-    def __init__(self):
+    def __init__(self, namespace=""):
         self.context = rclpy.Context()
         rclpy.init(context=self.context, signal_handler_options=rclpy.SignalHandlerOptions.NO)
-        self.node = rclpy.create_node("tester", context=self.context)
+        self.node = rclpy.create_node("tester", context=self.context, namespace=namespace)
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
+        self.clients = {}
 
     def close(self):
         self.executor.shutdown()
@@ -175,19 +216,30 @@ class Tester:
         assert self.until(lambda: self.node.count_publishers(topic) >= publishers), topic
         self.spin(0.1)
 
-    def call(self, type_, name, **fields):
+    def call(self, type_, name, timeout=DISCOVERY_TIME, **fields):
         """The response of a service."""
-        client = self.node.create_client(type_, name)
-        assert self.until(client.service_is_ready), f"there is no service {name}"
-        future = client.call_async(type_.Request(**fields))
-        assert self.until(future.done), f"{name} did not answer"
-        self.node.destroy_client(client)
+        if name not in self.clients:
+            client = self.clients[name] = self.node.create_client(type_, name)
+            assert self.until(client.service_is_ready), f"there is no service {name}"
+            # It may not know yet where to answer a client that has just appeared.
+            self.spin(0.2)
+        future = self.clients[name].call_async(type_.Request(**fields))
+        assert self.until(future.done, timeout), f"{name} did not answer"
         return future.result()
 
 
 @pytest.fixture
 def ros(ros_environment):
     """A Tester."""
-    tester = Tester()
-    yield tester
-    tester.close()
+    with a_tester() as tester:
+        yield tester
+
+
+@contextlib.contextmanager
+def a_tester(namespace=""):
+    """A Tester whose relative names are in a namespace."""
+    tester = Tester(namespace)
+    try:
+        yield tester
+    finally:
+        tester.close()

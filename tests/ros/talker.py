@@ -17,7 +17,6 @@ from std_msgs.msg import String
 
 from rlrc_ros.messages.image import rgb_to_image
 from rlrc_ros.messages.joint_state import joint_state
-from rlrc_ros.nodes.common import SENSOR_QOS
 
 
 def main(subscribers, seconds, *cameras):
@@ -26,11 +25,12 @@ def main(subscribers, seconds, *cameras):
     latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     description = node.create_publisher(String, "robot_description", latched)
     description.publish(String(data="<robot/>"))
-    images = [node.create_publisher(Image, f"camera{name}/image", SENSOR_QOS) for name in cameras]
+    # Reliable, unlike a real camera, so that a test can count them on a busy machine too.
+    images = [node.create_publisher(Image, f"camera{name}/image", 100) for name in cameras]
     joints = node.create_publisher(JointState, "joint_states", 100)
     while rclpy.ok() and any(p.get_subscription_count() < subscribers for p in [*images, joints]):
         time.sleep(0.01)
-    time.sleep(0.3)
+    time.sleep(1.5)  # a subscriber may find the publisher later than the publisher finds it
     picture = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
     begin, sent_images, sent_joints = time.monotonic(), 0, 0
     while rclpy.ok() and (now := time.monotonic() - begin) < seconds:

@@ -149,6 +149,8 @@ def test_sigint_of_an_arm_that_never_moved_publishes_nothing(ros, start):
 def test_an_emergency_stop_latches_until_released(ros, start):
     arm = Arm(ros, start)
     button = ros.publisher(Bool, "emergency_stop")
+    refused = ros.call(Trigger, "command_guard/release")
+    assert not refused.success and refused.message == "nothing is stopped"
     arm.drive(0.5, x=0.2)
     assert arm.speed > 0.1
     arm.twists.clear()

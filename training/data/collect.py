@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
-from training.common import cpu_count, fork_server
+from training.common import cpu_count, parallel_map
 from training.config import DemonstrationsConfig, load_config
 from training.data.demonstrations import Episode, encode_png, write_shard
 from training.envs.vector import make_vector
@@ -40,13 +39,10 @@ def collect_demonstrations(
     chunks = [seeds[i : i + EPISODES_PER_SHARD] for i in range(0, len(seeds), EPISODES_PER_SHARD)]
     jobs = [(out / f"shard-{i:05d}.safetensors", chunk, config) for i, chunk in enumerate(chunks)]
     jobs = [job for job in jobs if not job[0].exists()]
-    with (
-        ProcessPoolExecutor(workers or cpu_count(), mp_context=fork_server()) as pool,
-        tqdm(
-            total=len(chunks), initial=len(chunks) - len(jobs), desc="demonstrations", unit="shard"
-        ) as bar,
-    ):
-        for _ in pool.map(_record_shard, jobs):
+    with tqdm(
+        total=len(chunks), initial=len(chunks) - len(jobs), desc="demonstrations", unit="shard"
+    ) as bar:
+        for _ in parallel_map(_record_shard, jobs, workers or cpu_count()):
             bar.update()
 
 
@@ -69,6 +65,8 @@ def _record_episode(env: TabletopEnv, seed: int, config: DemonstrationsConfig) -
         label = expert_action(env.world)
         png, grounding = encode_png(observation["image"]), env.world.grounding()
         recording.add(png, observation["proprioception"], label, grounding)
+        if config.vary_view:
+            env.world.change_view(rng)
         observation, _, success, truncated, _ = env.step(_disturb(label, strength, config, rng))
         ended = success or truncated
     return recording.episode(

@@ -6,10 +6,27 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from gymnasium import Env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from training.common import fork_server
+from training.common import fork_server, leave_ctrl_c_to_parent
 from training.envs.tabletop import SeededTabletop
+
+
+class Environments(SubprocVecEnv):
+    """Environments in processes of their own, which end at once.
+
+    The base class first waits for answers to what it asked, and after an interruption in the middle
+    of a step some of these have been taken already.
+    """
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.join()
+        self.closed = True
 
 
 def make_vector(
@@ -28,4 +45,9 @@ def make_vector(
     if environments == 1:
         return DummyVecEnv(makers)  # type: ignore[arg-type]
     fork_server()
-    return SubprocVecEnv(makers, start_method="forkserver")  # type: ignore[arg-type]
+    return Environments([partial(_in_worker, make) for make in makers], start_method="forkserver")
+
+
+def _in_worker(make: Callable[[], Env]) -> Env:
+    leave_ctrl_c_to_parent()
+    return make()

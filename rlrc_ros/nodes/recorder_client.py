@@ -1,0 +1,75 @@
+"""The recorder as a node's coroutines see it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rclpy.client import Client
+from rclpy.node import Node
+from rclpy.task import Future
+from rlrc.srv import StartRecording, StopRecording
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.nodes import common
+
+PATIENCE = 10.0
+"""s for the recorder to answer."""
+DISCOVERY_TIME = 2.0
+"""s for it to be found, where it has only just started."""
+
+
+class RecorderClient:
+    """Starts and stops recordings; await its methods in a callback of the node's."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._start: Client[Any, Any] = node.create_client(StartRecording, "recorder/start")
+        self._stop: Client[Any, Any] = node.create_client(StopRecording, "recorder/stop")
+
+    async def start(self, request: StartRecording.Request) -> str:
+        """Begin a bag; its URI.
+
+        Raises:
+            UserError: the recorder is missing, silent or refuses.
+        """
+        response = await self._ask(self._start, request)
+        if not response.success:
+            raise UserError(f"the recorder: {response.message}")
+        return response.uri
+
+    async def stop(self, termination_reason: str) -> str:
+        """Finish the bag; what went wrong, empty where nothing did."""
+        try:
+            request = StopRecording.Request(termination_reason=termination_reason)
+            response = await self._ask(self._stop, request)
+        except UserError as error:
+            return str(error)
+        return "" if response.success else response.message
+
+    async def _found(self, client: Client[Any, Any]) -> bool:
+        found: Future[bool] = Future(executor=self._node.executor)
+        deadline = time.monotonic() + DISCOVERY_TIME
+
+        def look() -> None:
+            ready = client.service_is_ready()
+            if not found.done() and (ready or time.monotonic() > deadline):
+                found.set_result(ready)
+
+        look()
+        timer = self._node.create_timer(0.05, look, clock=common.STEADY_CLOCK)
+        ready = await found
+        self._node.destroy_timer(timer)
+        return bool(ready)
+
+    async def _ask(self, client: Client[Any, Any], request: Any) -> Any:
+        if not await self._found(client):
+            name = self._node.resolve_service_name(client.srv_name)
+            raise UserError(f"there is no {name}; start recorder_node, or set record to false")
+        future = client.call_async(request)
+        timer = self._node.create_timer(PATIENCE, future.cancel, clock=common.STEADY_CLOCK)
+        response = await future
+        self._node.destroy_timer(timer)
+        if response is None:
+            raise UserError(f"{client.srv_name} did not answer within {PATIENCE:g} s")
+        return response

@@ -1,0 +1,53 @@
+"""Cameras and joint states, as parameters name them, into an ObservationBuffer."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from rclpy.exceptions import NameValidationException
+from rclpy.node import Node
+from sensor_msgs.msg import CompressedImage, Image, JointState
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.messages.observation import ObservationBuffer
+from rlrc_ros.nodes import common
+
+DEFAULT_AGE = 0.2
+"""s, of an image whose camera names no limit."""
+
+
+def listen(node: Node) -> ObservationBuffer:
+    """Declare the parameters `cameras`, `joint_states_max_age` and `max_skew`, and subscribe.
+
+    Raises:
+        UserError: one of them makes no sense.
+    """
+    cameras = common.texts(
+        node, "cameras", "cameras, each as name=topic,raw|compressed,oldest age in s"
+    )
+    age = common.number(
+        node, "joint_states_max_age", 0.1, "oldest joint state that will do, s", 0.001, 2.0
+    )
+    skew = common.number(node, "max_skew", 0.15, "s between the parts of an observation", 0.001, 2)
+    joints = ObservationBuffer.JOINT_STATES
+    max_age, topics, kinds = {joints: age}, {joints: node.resolve_topic_name("joint_states")}, {}
+    for text in cameras:
+        name, _, rest = text.partition("=")
+        topic, kind, oldest = (*rest.split(","), "", "")[:3]
+        try:
+            max_age[name] = float(oldest or DEFAULT_AGE)
+            kinds[name] = {"raw": Image, "compressed": CompressedImage}[kind or "raw"]
+            topics[name] = node.resolve_topic_name(topic)
+            usable = name not in ("", joints) and 0.0 < max_age[name] < math.inf
+        except (KeyError, ValueError, RuntimeError, NameValidationException):
+            usable = False
+        if not usable:
+            raise UserError(f"parameter cameras: '{text}' is not name=topic,raw|compressed,seconds")
+    buffer = ObservationBuffer(max_age, topics, skew)
+    for name, kind in kinds.items():
+        node.create_subscription(kind, topics[name], partial(buffer.add, name), common.SENSOR_QOS)
+    node.create_subscription(
+        JointState, "joint_states", partial(buffer.add, joints), common.SENSOR_QOS
+    )
+    return buffer
