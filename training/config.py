@@ -121,12 +121,18 @@ class SftConfig:
     """Weight of the grounding loss, see `training.sft.GroundingHead`."""
     brightness: float = 0.15
     """Images are brightened and their contrast changed by up to this share."""
+    shift: int = 0
+    """Images are moved by up to so many pixels either way.
+
+    What keeps a policy that learns from pixels alone from knowing its demonstrations by heart
+    (Mandlekar et al., arXiv 2108.03298).
+    """
     corrections: tuple[CorrectionsConfig, ...] = ()
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
         positive = "steps batch_size learning_rate max_grad_norm checkpoint_every"
-        natural = "warmup_steps weight_decay average label_width grounding brightness"
+        natural = "warmup_steps weight_decay average label_width grounding brightness shift"
         _check("sft", self, positive=positive, natural=natural)
         for corrections in self.corrections:
             if corrections.at_step >= self.steps:

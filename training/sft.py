@@ -80,15 +80,21 @@ class DemonstrationBatches:
         """How many grounding values a step has."""
         return self._grounding.shape[1]
 
-    def sample(self, size: int, brightness: float = 0.0) -> Batch:
+    def sample(self, size: int, brightness: float = 0.0, shift: int = 0) -> Batch:
         """`size` steps, drawn with the device's global generator.
 
         brightness: each image is scaled by up to this share, and its contrast about its mean too.
+        shift: each image is moved by up to so many pixels down or up, right or left.
         """
         # Drawn on the device: a copy to it would wait for everything before.
         rows = torch.randint(len(self._bins), (size,), device=self._device)
         prompts = self._prompts[rows]
-        pixels = self._processor.pixel_values(self._images[rows])
+        images = self._images[rows]
+        if shift:
+            images = shifted(
+                images, torch.randint(-shift, shift + 1, (2, size), device=self._device)
+            )
+        pixels = self._processor.pixel_values(images)
         if brightness:
             change = 2 * torch.rand(2, size, 1, 1, 1, device=self._device) - 1
             gain, contrast = 1 + brightness * change
@@ -101,6 +107,19 @@ class DemonstrationBatches:
             self._processor.normalise_proprioception(self._proprioception[rows]),
         )
         return Batch(inputs, self._bins[rows], self._grounding[rows])
+
+
+def shifted(images: Tensor, by: Tensor) -> Tensor:
+    """Each image moved by whole pixels, its border repeated: (B, H, W, C), (2, B) -> (B, H, W, C).
+
+    by: how far down, and how far right.
+    """
+    height, width = images.shape[1:3]
+    down, right = by[:, :, None]
+    rows = (torch.arange(height, device=images.device) - down).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) - right).clamp(0, width - 1)
+    each = torch.arange(len(images), device=images.device)
+    return images[each[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def bc_loss(model: OpenVLA, batch: Batch) -> Tensor:
@@ -190,6 +209,7 @@ class Trainer:
         self._current = model.state_dict()
         self._average = {name: value.clone() for name, value in self._current.items()}
         self._step = 0
+        self._sums, self._metrics = torch.zeros(3, device=device), dict[str, float]()
         work.mkdir(parents=True, exist_ok=True)
         self._restore()
         self._log = MetricsLog(work / "log.csv", self._step)
@@ -203,33 +223,33 @@ class Trainer:
             for block in (*tower.blocks, *model.language_model.model.layers):
                 block.compile(dynamic=False)
         every = max(1, config.steps // 100)
-        metrics: dict[str, float] = {}
-        began, sums = time.perf_counter(), torch.zeros(3, device=device)
+        began = time.perf_counter()
         model.train()
         first = self._step
         steps = range(first, config.steps)
         for self._step in tqdm(steps, "sft", initial=first, total=config.steps, unit="step"):
             self._correct(first)
             losses = self._update()
-            sums += torch.stack([losses.total, losses.token_accuracy, losses.grounding]).detach()
+            seen = torch.stack([losses.total, losses.token_accuracy, losses.grounding])
+            self._sums += seen.detach()
             if (self._step + 1) % every == 0:
                 names = ("loss", "token_accuracy", "grounding_loss")
-                metrics = dict(zip(names, (sums / every).tolist(), strict=True))
-                elapsed = time.perf_counter() - began
-                metrics["samples_per_s"] = every * config.batch_size / elapsed
-                self._log.write(step=self._step, **metrics)
-                began, sums = time.perf_counter(), torch.zeros_like(sums)
+                self._metrics = dict(zip(names, (self._sums / every).tolist(), strict=True))
+                rate = every * config.batch_size / (time.perf_counter() - began)
+                self._log.write(step=self._step, **self._metrics, samples_per_s=rate)
+                self._sums.zero_()
+                began = time.perf_counter()
             if (self._step + 1) % config.checkpoint_every == 0:
                 self._save()
         model.load_state_dict(self._average)
         model.eval()
-        return metrics
+        return self._metrics
 
     def _update(self) -> Losses:
         config = self._config
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(self._step, config)
-        batch = self._batches.sample(config.batch_size, config.brightness)
+        batch = self._batches.sample(config.batch_size, config.brightness, config.shift)
         dtype = compute_dtype(self._device)
         with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
             losses = sft_losses(self._model, self._head, batch, config)
@@ -258,7 +278,9 @@ class Trainer:
         tensors = {f"learnt.{k}": v for k, v in self._learnt.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self._average.items()}
         tensors |= optimizer_tensors(self._optimizer) | rng_tensors(self._device)
-        save_checkpoint(self._work / "checkpoint", tensors, {"step": self._step + 1})
+        tensors["sums"] = self._sums
+        facts = {"step": self._step + 1, "metrics": self._metrics}
+        save_checkpoint(self._work / "checkpoint", tensors, facts)
 
     def _restore(self) -> None:
         saved = load_checkpoint(self._work / "checkpoint")
@@ -272,7 +294,8 @@ class Trainer:
             value.copy_(tensors[f"average.{name}"])
         restore_optimizer(self._optimizer, tensors)
         restore_rng(tensors, self._device)
-        self._step = facts["step"]
+        self._step, self._metrics = facts["step"], facts["metrics"]
+        self._sums.copy_(tensors["sums"])
 
 
 def schedule(step: int, config: SftConfig) -> float:

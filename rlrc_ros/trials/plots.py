@@ -188,7 +188,7 @@ def size_plot(policies: Mapping[str, Mapping[str, Any]], arms: tuple[str, str]) 
         axes.set_yticks(range(2), [_short(arm) for arm in arms])
         axes.set_ylim(1.7, -0.4)
         axes.set_xlim(0, 1.22 * most)
-        axes.set_xlabel("weights in memory (MB)")
+        axes.set_xlabel("weights as stored (MB)")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(_plain)
         figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False)
@@ -198,7 +198,7 @@ def size_plot(policies: Mapping[str, Mapping[str, Any]], arms: tuple[str, str]) 
         + "".join(f", {part} {quantity(s)} MB" for part, s in zip(PARTS, sizes[arm], strict=True))
         for arm in arms
     )
-    return _plot("Size", f"Weights in memory. {alt}.", 2.6, draw)
+    return _plot("Size", f"Weights as stored. {alt}.", 2.6, draw)
 
 
 def width_plot(policies: Mapping[str, Mapping[str, Any]], arms: tuple[str, str]) -> Plot | None:

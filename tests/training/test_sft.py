@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.config import CorrectionsConfig, SftConfig
-from training.sft import GroundingHead, Trainer, bc_loss, schedule, sft_losses
+from training.sft import GroundingHead, Trainer, bc_loss, schedule, sft_losses, shifted
 
 CPU = torch.device("cpu")
 CONFIG = SftConfig(
@@ -107,3 +107,23 @@ def test_the_learning_rate_warms_up_and_comes_down():
     rates = [schedule(step, config) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.06
+
+
+def test_shifted_images_move_by_whole_pixels():
+    images = torch.arange(3 * 5 * 7 * 2, dtype=torch.uint8).reshape(3, 5, 7, 2)
+    moved = shifted(images, torch.tensor([[0, 2, -1], [0, -1, 3]]))
+    assert torch.equal(moved[0], images[0])
+    assert torch.equal(moved[1, 2:, :-1], images[1, :-2, 1:])
+    assert torch.equal(moved[1, :2, :-1], images[1, :1, 1:].expand(2, -1, -1))  # border repeated
+    assert torch.equal(moved[2, :-1, 3:], images[2, 1:, :-3])
+
+
+def test_only_the_pixels_are_augmented(trainable, batches):
+    source, samples = batches(trainable()), []
+    for augmentation in ({}, {"shift": 4, "brightness": 0.2}):
+        torch.manual_seed(3)
+        samples.append(source.sample(16, **augmentation))
+    plain, augmented = samples
+    assert torch.equal(plain.bins, augmented.bins)
+    assert torch.equal(plain.inputs.proprioception, augmented.inputs.proprioception)
+    assert not torch.equal(plain.inputs.pixel_values, augmented.inputs.pixel_values)

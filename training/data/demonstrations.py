@@ -101,11 +101,16 @@ def read(directory: Path) -> Demonstrations:
         raise UserError(f"{directory}: no demonstrations there (shard-*.safetensors)")
     with ThreadPoolExecutor() as pool:
         shards = list(pool.map(_read_shard, paths))
+        # Into one array at once: there is not always room for the images twice.
+        ends = np.cumsum([len(shard.pngs) for shard in shards])
+        first = _decode_png(shards[0].pngs[0])
+        images = np.empty((ends[-1], *first.shape), np.uint8)
+        list(pool.map(_decode_into, np.split(images, ends[:-1]), shards))
     episodes = [facts for shard in shards for facts in shard.facts]
     instructions = sorted({facts["instruction"] for facts in episodes})
     prompts = [instructions.index(facts["instruction"]) for facts in episodes]
     return Demonstrations(
-        images=np.concatenate([shard.images for shard in shards]),
+        images=images,
         proprioception=np.concatenate([shard.proprioception for shard in shards]),
         actions=np.concatenate([shard.actions for shard in shards]),
         grounding=np.concatenate([shard.grounding for shard in shards]),
@@ -136,7 +141,7 @@ def join(parts: Sequence[Demonstrations]) -> Demonstrations:
 
 
 class _Shard(NamedTuple):
-    images: NDArray[np.uint8]
+    pngs: list[NDArray[np.uint8]]
     proprioception: NDArray[np.float32]
     actions: NDArray[np.float32]
     grounding: NDArray[np.float32]
@@ -153,8 +158,12 @@ def _read_shard(path: Path) -> _Shard:
         raise UserError(
             f"{path}: not a readable shard of demonstrations ({error}); delete it and record again"
         ) from None
-    images = np.stack([_decode_png(frame) for frame in np.split(data, ends[:-1])])
-    return _Shard(images, proprioception, actions, grounding, facts)
+    return _Shard(np.split(data, ends[:-1]), proprioception, actions, grounding, facts)
+
+
+def _decode_into(images: NDArray[np.uint8], shard: _Shard) -> None:
+    for image, png in zip(images, shard.pngs, strict=True):
+        image[:] = _decode_png(png)
 
 
 def _decode_png(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
