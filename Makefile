@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INTERFACES := $(wildcard msg/*.msg srv/*.srv action/*.action)
-# Fast DDS drops images under its default transport; rlrc_ros/bringup.py sets the same for the nodes it starts.
+
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .PHONY: demo test lint env clean
