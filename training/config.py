@@ -95,9 +95,11 @@ class CorrectionsConfig:
     """Before which training step the episodes are added."""
     episodes: int
     first_seed: int
+    max_steps: int = 60
+    """Control steps after which an episode ends: a policy that is lost shows little more."""
 
     def __post_init__(self) -> None:
-        _check("corrections", self, positive="episodes", natural="at_step first_seed")
+        _check("corrections", self, positive="episodes max_steps", natural="at_step first_seed")
 
 
 @dataclass(frozen=True, kw_only=True)

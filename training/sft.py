@@ -330,7 +330,7 @@ def run(
         if not place.exists():
             environments = min(wanted.episodes, 8 * cpu_count())
             actor = Actor(model, processor, codec, device, environments)
-            collect_corrections(place, actor, wanted.first_seed, wanted.episodes, latency)
+            collect_corrections(place, actor, wanted, latency)
         parts.append(read(place))
         return DemonstrationBatches(join(parts), processor, codec, device)
 

@@ -8,7 +8,7 @@ import torch
 
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
-from training.config import load_config
+from training.config import CorrectionsConfig, load_config
 from training.data.collect import collect_corrections, collect_demonstrations
 from training.data.demonstrations import read
 from training.rollout import Actor
@@ -52,10 +52,12 @@ def test_corrections_record_where_the_policy_went(tmp_path, trainable):
 
     words = word_tokenizer([*VOCABULARY, "in", ":", "out"])
     actor = Actor(policy.model, Processor(policy.config, words), policy.codec, device, 2)
-    rate = collect_corrections(tmp_path / "out", actor, 40, 3, (0.0, 0.0))
+    wanted = CorrectionsConfig(at_step=0, episodes=3, first_seed=40, max_steps=50)
+    rate = collect_corrections(tmp_path / "out", actor, wanted, (0.0, 0.0))
     data = read(tmp_path / "out")
     assert rate == np.mean([facts["success"] for facts in data.episodes])
     assert sorted(facts["seed"] for facts in data.episodes) == [40, 41, 42]
+    assert max(facts["steps"] for facts in data.episodes) == 50
     # A random policy does not act like the expert, whose labels are kept.
     env = TabletopEnv()
     facts = data.episodes[0]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
 from training.common import cpu_count, parallel_map
-from training.config import DemonstrationsConfig, load_config
+from training.config import CorrectionsConfig, DemonstrationsConfig, load_config
 from training.data.demonstrations import Episode, encode_png, write_shard
 from training.envs.vector import make_vector
 from training.rollout import Actor, roll
@@ -117,21 +117,22 @@ class _Recording:
 
 
 def collect_corrections(
-    out: Path, actor: Actor, first_seed: int, episodes: int, latency: tuple[float, float]
+    out: Path, actor: Actor, config: CorrectionsConfig, latency: tuple[float, float]
 ) -> float:
     """Let a policy act greedily and record what the expert would have done in every state.
 
     Returns the policy's success rate over these episodes.
     """
     venv = make_vector(
-        lambda i, n: range(first_seed + i, first_seed + episodes, n),
+        lambda i, n: range(config.first_seed + i, config.first_seed + config.episodes, n),
         actor.environments,
         latency=latency,
         label=True,
+        max_steps=config.max_steps,
     )
     finished: list[Episode] = []
     recordings = [_Recording() for _ in range(actor.environments)]
-    with tqdm(total=episodes, desc="corrections", unit="episode") as bar:
+    with tqdm(total=config.episodes, desc="corrections", unit="episode") as bar:
         for step in roll(actor, venv):
             for i in step.active:
                 told, proprioception = step.told[i], step.observation["proprioception"][i]

@@ -41,6 +41,7 @@ class SeededTabletop(gym.Env):
         swap_instruction: show another valid instruction than the one success is judged by.
         label: put what a demonstration needs into the infos of reset and step: `expert_action`,
             `grounding`, and the image as a PNG file, `png`.
+        max_steps: passed on to `TabletopEnv`.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class SeededTabletop(gym.Env):
         latency: tuple[float, float],
         swap_instruction: bool = False,
         label: bool = False,
+        max_steps: int = 120,
     ) -> None:
-        self._env = TabletopEnv(latency=latency)
+        self._env = TabletopEnv(latency=latency, max_steps=max_steps)
         self._seeds: Iterator[int] = iter(seeds)
         self._seed, self._exhausted = 0, False
         self._swap, self._label = swap_instruction, label
