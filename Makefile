@@ -6,7 +6,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INTERFACES := $(wildcard msg/*.msg srv/*.srv action/*.action)
-
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .PHONY: demo test lint env clean
