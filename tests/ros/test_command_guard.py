@@ -55,7 +55,7 @@ class Arm:
                 every()
             self.ros.spin(0.05)
 
-    def drive_until(self, condition, every, **command):
+    def drive_until(self, condition, every=None, **command):
         """Send the command at 20 Hz until the condition holds; whether it came to hold."""
         deadline = time.monotonic() + 10.0
         while not (held := condition()) and time.monotonic() < deadline:
@@ -155,27 +155,28 @@ def test_sigint_of_an_arm_that_never_moved_publishes_nothing(ros, start):
 
 
 def test_an_emergency_stop_latches_until_released(ros, start):
-    arm = Arm(ros, start)
+    # So late that a busy machine, where commands do not come in time, is not what stops the arm.
+    arm = Arm(ros, start, command_timeout=2.0, max_command_age=2.0)
     button = ros.publisher(Bool, "emergency_stop")
     refused = ros.call(Trigger, "command_guard/release")
     assert not refused.success and refused.message == "nothing is stopped"
-    arm.drive(0.5, x=0.2)
-    assert arm.speed > 0.1
+    assert arm.drive_until(lambda: arm.twists and arm.speed > 0.15, x=0.2)
     arm.twists.clear()
     button.publish(Bool(data=True))
     assert arm.reaches("stopped") and arm.status.reason == "emergency stop"
     steps = [twist_array(m.twist)[0] for _, m in arm.twists]
-    assert sorted(set(steps)) in ([0.0], [0.0, max(steps)]), "zero at once, no ramp"
+    assert min((step for step in steps if step), default=1.0) > 0.15, "zero at once, no ramp"
+    assert steps[-1] == 0.0
     button.publish(Bool(data=False))
     arm.drive(0.3, x=0.2)
     assert arm.status.state == "stopped" and arm.speed == 0.0
     refused = ros.call(Trigger, "command_guard/release")
     assert not refused.success and "still coming in" in refused.message
-    ros.spin(0.3)
+    ros.spin(2.2)
     assert ros.call(Trigger, "command_guard/release").success
     assert arm.reaches("waiting")
-    arm.drive(0.3, x=0.2)
-    assert arm.speed > 0.0 and arm.status.rejected_stopped >= 4
+    assert arm.drive_until(lambda: arm.speed > 0.0, x=0.2)
+    assert arm.status.rejected_stopped >= 4
 
 
 def test_the_stop_service_stops_until_released(ros, start):
