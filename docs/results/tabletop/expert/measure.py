@@ -1,4 +1,11 @@
-import json, sys
+"""How often the scripted expert solves unseen scenes.
+
+MUJOCO_GL=egl python docs/results/tabletop/expert/measure.py > result.json
+"""
+
+import json
+import sys
+
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
 from rlrc_ros.sim.tasks import FAMILIES
