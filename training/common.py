@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.files import write_atomically
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -191,9 +192,7 @@ def claim(directory: Path, configuration: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     file, text = directory / "config.json", json.dumps(configuration, indent=1)
     if not file.exists():
-        partial = file.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(file)
+        write_atomically(file, text)
     elif file.read_text(errors="replace") != text:
         raise UserError(
             f"{directory}: holds a run of another configuration; name another directory, or "

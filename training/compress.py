@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlrc_ros.files import write_atomically
 from rlrc_ros.vla.inspection import inspect
 from training import prune, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
@@ -48,6 +49,7 @@ class Pipeline:
         self.device = pick_device(device)
         self._latency = config.demonstrations.latency
         self._read: dict[Path, Demonstrations] = {}
+        self._joined: tuple[list[Path], Any] = ([], None)
         claim(out, asdict(config))
 
     def run(self, evaluate_too: bool = True) -> dict[str, Any]:
@@ -82,7 +84,9 @@ class Pipeline:
         for place in places:
             if place not in self._read:
                 self._read[place] = read(place)
-        return join([self._read[place] for place in places])
+        if self._joined[0] != places:  # most stages want the same, and joining copies it all
+            self._joined = places, join([self._read[place] for place in places])
+        return self._joined[1]
 
     def _bundle(
         self, name: str, parent: str | None, stage: Callable[[Trainable], dict[str, Any]]
@@ -153,7 +157,5 @@ class Pipeline:
                 stage |= summarise(self._evaluate(name))
             stages.append(stage)
         summary = {"stages": stages}
-        partial_file = self.out / "summary.partial"
-        partial_file.write_text(json.dumps(summary, indent=1) + "\n")
-        partial_file.replace(self.out / "summary.json")
+        write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary

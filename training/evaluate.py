@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.files import write_atomically
 from rlrc_ros.trials.statistics import clopper_pearson, paired_difference
 from rlrc_ros.vla.bundle import open_bundle
 from rlrc_ros.vla.policy import empty_model
@@ -110,9 +111,7 @@ def _resume(log: Path, task: Evaluation, policy: str) -> dict[int, EpisodeResult
     if not lines or lines[0] != header:
         raise UserError(f"{log}: holds another evaluation; name another file, or delete this one")
     log.parent.mkdir(parents=True, exist_ok=True)
-    partial = log.with_name(f"{log.name}.partial")
-    partial.write_text("".join(lines))
-    partial.replace(log)
+    write_atomically(log, "".join(lines))
     rows = [json.loads(line) for line in lines[1:]]
     return {
         row["seed"]: EpisodeResult(**{**row, "latency_ms": tuple(row["latency_ms"])})

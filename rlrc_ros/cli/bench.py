@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rlrc_ros.cli.arguments import whole_number
 from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
+from rlrc_ros.files import write_atomically
 
 if TYPE_CHECKING:
     from rlrc_ros.vla import Observation, Policy
@@ -96,9 +97,7 @@ def main(arguments: argparse.Namespace) -> int:
             {**summary, "times_ms": contestant.times_ms}
             for summary, contestant in zip(summaries, contestants, strict=True)
         ]
-        partial = arguments.out.with_name(f"{arguments.out.name}.partial")
-        partial.write_text(json.dumps({**facts, "policies": raw}) + "\n")
-        partial.replace(arguments.out)
+        write_atomically(arguments.out, json.dumps({**facts, "policies": raw}) + "\n")
     text = f"{_table(summaries)}\n{_footnote(facts)}"
     if arguments.out is not None:
         text += f"\ntimes: {arguments.out}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.files import write_atomically
 from rlrc_ros.schema import from_dict, read_json
 
 FILE = "episode.json"
@@ -147,17 +148,3 @@ def software_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = ""
     return versions
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by one with this text, on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

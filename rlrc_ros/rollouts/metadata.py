@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rlrc_ros.rollouts.episode import write_atomically
+from rlrc_ros.files import write_atomically
 from rlrc_ros.rollouts.mcap_file import Channel, Index
 
 FILE = "metadata.yaml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from rlrc_ros.files import write_atomically
 from rlrc_ros.trials.frames import FrameStrip, jpeg_uri
 from rlrc_ros.trials.plots import PARTS, latency_plot, size_plot, success_plot, width_plot
 from rlrc_ros.trials.records import EpisodeRecord
@@ -114,18 +114,10 @@ def write_report(
         seeds=_ranges({record.seed for record in records}),
         versions=_versions(),
     )
-    _write(Path(path), html)
-
-
-def _write(path: Path, html: str) -> None:
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A lone surrogate in a note must not cost the report.
-        temporary.write_text(html, encoding="utf-8", errors="replace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A lone surrogate in a note must not cost the report.
+    write_atomically(path, html, errors="replace")
 
 
 def _frame_rows(strip: FrameStrip, arms: Sequence[str]) -> list[_FrameRow]:
