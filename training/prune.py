@@ -26,7 +26,6 @@ from rlrc_ros.vla.openvla import OpenVLA, layer_widths
 from training.bundles import Trainable
 from training.common import seed_everything
 from training.config import PruneConfig
-from training.data.demonstrations import Demonstrations
 from training.sft import DemonstrationBatches, bc_loss
 
 
@@ -224,14 +223,12 @@ def _quiet() -> Iterator[None]:
 def run(
     config: PruneConfig,
     trainable: Trainable,
-    data: Demonstrations,
+    batches: DemonstrationBatches,
     *,
     seed: int,
-    device: torch.device,
 ) -> dict[str, Any]:
     """Prune with gradients of the SFT loss over demonstrations; returns the stage's facts."""
     seed_everything(seed)
-    batches = DemonstrationBatches(data, trainable.processor, trainable.codec, device)
     chosen = prune(trainable.model, batches, config)
     return {
         "seed": seed,
