@@ -46,10 +46,12 @@ def repair(uri: str | Path) -> Repaired:
         UserError: There is nothing to repair, it is being recorded right now, or there is no room.
     """
     damaged = Path(uri).resolve()
-    files = mcap_files(damaged)
     whole = damaged.with_name(damaged.name.removesuffix(PARTIAL))
     kept = whole.with_name(whole.name + DAMAGED)
     build = whole.with_name(whole.name + REPAIRING)
+    if kept.exists() and build.exists() and not damaged.exists():
+        return _finish_earlier(build, kept, whole)
+    files = _files_to_repair(damaged)
     if whole != damaged and whole.exists():
         raise UserError(f"{whole} exists already: move it or {damaged} away first")
     if kept.exists():
@@ -70,6 +72,27 @@ def repair(uri: str | Path) -> Repaired:
         shutil.rmtree(build, ignore_errors=True)
     messages = sum(sum(found.index.counts.values()) for found in scans.values())
     return Repaired(uri=str(whole), original=str(kept), messages=messages, lost_bytes=lost)
+
+
+def _finish_earlier(build: Path, kept: Path, whole: Path) -> Repaired:
+    """End a repair that was killed after it had set the original aside."""
+    scans = {file: scan(file) for file in mcap_files(kept)}
+    lost = sum(file.stat().st_size - found.end for file, found in scans.items() if found.problem)
+    build.rename(whole)
+    messages = sum(sum(found.index.counts.values()) for found in scans.values())
+    return Repaired(uri=str(whole), original=str(kept), messages=messages, lost_bytes=lost)
+
+
+def _files_to_repair(damaged: Path) -> list[Path]:
+    """The files of a bag; without those of a recorder that was killed before it wrote anything."""
+    files = list(damaged.glob("*.mcap"))
+    if (
+        damaged.is_dir()
+        and damaged.name.endswith(PARTIAL)
+        and not any(file.stat().st_size for file in files)
+    ):
+        raise UserError(f"nothing was recorded in {damaged}: delete it")
+    return mcap_files(damaged)
 
 
 def _refuse_if_recording(files: list[Path]) -> None:
