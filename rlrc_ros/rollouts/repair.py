@@ -12,7 +12,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.rollouts import episode as episodes
 from rlrc_ros.rollouts.mcap_file import Index, Scan, scan
 from rlrc_ros.rollouts.metadata import FILE as METADATA
-from rlrc_ros.rollouts.metadata import write_metadata
+from rlrc_ros.rollouts.metadata import compression_of, write_metadata
 from rlrc_ros.rollouts.recording import PARTIAL
 from rlrc_ros.rollouts.verify import mcap_files
 
@@ -114,7 +114,7 @@ def _rebuild(build: Path, damaged: Path, scans: dict[Path, Scan]) -> int:
         else:
             shutil.copyfile(file, build / file.name)
     indexes = {file.name: found.index for file, found in scans.items()}
-    write_metadata(build, indexes)
+    write_metadata(build, indexes, compression_of(damaged))
     if (damaged / episodes.FILE).exists():
         episodes.write_episode(build, _mended_episode(damaged, indexes, lost))
     return lost
