@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlrc_ros.cli.arguments import whole_number
 from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
 from rlrc_ros.files import write_atomically
@@ -27,25 +30,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("with --ros")
     group.add_argument(
-        "--duration", type=_seconds, default=20.0, help="s of latency and jitter (default 20)"
+        "--duration",
+        type=_seconds(3600.0),
+        default=20.0,
+        help="s of latency and jitter (default 20)",
     )
     group.add_argument(
-        "--kills", type=int, default=3, help="how often the policy node is killed (default 3)"
+        "--kills",
+        type=whole_number(1),
+        default=3,
+        help="how often the policy node is killed (default 3)",
     )
     group.add_argument(
         "--soak",
-        type=_seconds,
+        type=_seconds(86_400.0),
         default=20.0,
         help="s of images, recorder and soak, in bags of up to 600 s of 56 MB/s each that are"
         " deleted when counted (default 20)",
     )
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 5.0 <= seconds <= 86_400.0:
-        raise argparse.ArgumentTypeError(f"{text} is not from 5 to 86400 s")
-    return seconds
+def _seconds(most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if not 2.0 <= seconds <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not from 2 to {most:g} s")
+        return seconds
+
+    return parse
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -59,16 +74,22 @@ def main(arguments: argparse.Namespace) -> int:
     out: Path | None = arguments.out
     load_before = os.getloadavg()[0]
     # Beside the output: /tmp may be too small for the bags, or in memory.
-    with tempfile.TemporaryDirectory(prefix=".rlrc-bench-", dir=out.parent if out else None) as d:
-        plan = Plan(
-            policy=policies[0],
-            instruction=arguments.instruction,
-            duration=arguments.duration,
-            kills=arguments.kills,
-            soak=arguments.soak,
-            directory=Path(d),
-        )
+    directory = Path(tempfile.mkdtemp(prefix=".rlrc-bench-", dir=out.parent if out else None))
+    plan = Plan(
+        policy=policies[0],
+        instruction=arguments.instruction,
+        duration=arguments.duration,
+        kills=arguments.kills,
+        soak=arguments.soak,
+        directory=directory,
+    )
+    try:
         rows, raw = measure(plan, lambda line: print(line, file=sys.stderr, flush=True))
+    except BaseException:
+        left = directory / "bags" if (directory / "logs").exists() else directory
+        shutil.rmtree(left, ignore_errors=True)  # the logs are left to be read
+        raise
+    shutil.rmtree(directory)
     facts: dict[str, Any] = {
         "machine": machine(),
         "load_average": [load_before, os.getloadavg()[0]],

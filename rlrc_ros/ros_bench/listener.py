@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,10 +34,11 @@ class Listener:
     Args:
         alive: raises UserError where a process has ended.
         ee_command: the controller's topic.
+        logs: where the processes write; named where one does not answer.
     """
 
-    def __init__(self, alive: Callable[[], None], ee_command: str) -> None:
-        self._alive = alive
+    def __init__(self, alive: Callable[[], None], ee_command: str, logs: Path) -> None:
+        self._alive, self._logs = alive, logs
         self._context = rclpy.Context()
         rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
         self._node = rclpy.create_node("bench", context=self._context)
@@ -85,7 +87,7 @@ class Listener:
         end = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > end:
-                raise UserError(f"waited {timeout:g} s for {what}; look at the nodes' logs")
+                raise UserError(f"waited {timeout:g} s for {what}; see {self._logs}")
             self._executor.spin_once(timeout_sec=0.05)
             self._alive()
 
@@ -104,7 +106,7 @@ class Listener:
                 self._node.destroy_client(client)
                 return
             self.spin(0.2)
-        raise UserError(f"the policy node loaded no policy within {PATIENCE:g} s")
+        raise UserError(f"the policy node loaded no policy within {PATIENCE:g} s; see {self._logs}")
 
     def episode(self, instruction: str, seconds: float) -> Any:
         """Begin an episode as soon as one can be; the future of its result.
@@ -125,7 +127,9 @@ class Listener:
             if sent.done() and sent.result().accepted:
                 return sent.result().get_result_async()
             if time.monotonic() > end:
-                raise UserError(f"the policy node took no goal within {PATIENCE:g} s")
+                raise UserError(
+                    f"the policy node took no goal within {PATIENCE:g} s; see {self._logs}"
+                )
             self.spin(0.2)
 
     def start_recording(self, episode_id: str) -> str:

@@ -37,8 +37,8 @@ SAMPLE_INTERVAL = 2.0
 MOVING_TIME = 2.0
 """s that the policy commands before it is killed."""
 WATCHED = ("policy", "guard", "recorder")
-_ENDLESS = 3600.0
-"""s, of a burst and an episode that are cut off."""
+_ENDLESS = 7200.0
+"""s, of a burst that is cut off: longer than any episode may be."""
 _BYTES_PER_SECOND = topics.CAMERA_RATE * 2 * topics.WIDTH * topics.HEIGHT * 3
 
 
@@ -87,9 +87,10 @@ def measure(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, Any], dic
         )
     found: dict[str, Any] = {}
     raw: dict[str, Any] = {}
+    logs = plan.directory / "logs"
     with (
-        processes(plan.directory / "logs") as started,
-        Listener(started.check, load_profile("sim").ee_command) as listener,
+        processes(logs) as started,
+        Listener(started.check, load_profile("sim").ee_command, logs) as listener,
     ):
         bench = _Bench(plan, config, started, listener, say)
         for part in (bench.pipeline, bench.kill, bench.soak):
@@ -139,8 +140,7 @@ class _Bench:
         result = listener.episode(plan.instruction, plan.duration)
         listener.until(result.done, "the end of the episode", plan.duration + 60.0)
         steps = result.result().result.steps
-        for name in ("sources", "relay", "policy"):
-            self._processes.stop(name)
+        self._processes.stop("relay")
         notes = read_stamps(policy_notes)
         policy = rows.without_inference(
             listener.commands["policy_command"], notes.get(BEGAN, []), notes.get(ENDED, [])
@@ -165,17 +165,18 @@ class _Bench:
         raw["guard_published_ns"] = published
 
     def kill(self, found: dict[str, Any], raw: dict[str, Any]) -> None:
-        """Kill the policy node while the arm moves; guard and cameras run already."""
+        """Kill the policy node while the arm moves; at first that of the pipeline."""
         plan, listener = self._plan, self._listener
         self._say(f"2 of 3: the policy node is killed {plan.kills} times")
         braked, silences, inconclusive = [], [], 0
         for number in range(plan.kills):
-            self._start_policy()
-            self._start_sources()
-            listener.wait_for_policy()
-            self._burst(_ENDLESS, 1)
+            if number:
+                self._start_policy()
+                self._start_sources()
+                listener.wait_for_policy()
+                self._burst(_ENDLESS, 1)
             listener.forget()
-            listener.episode(plan.instruction, _ENDLESS)
+            listener.episode(plan.instruction, LONGEST_EPISODE)
             listener.until(lambda: len(listener.commands["policy_command"]) > 5, "commands")
             # At another moment of the control period each time.
             listener.spin(MOVING_TIME + number / max(1, plan.kills) / self._config.control_rate)

@@ -2,9 +2,10 @@
 
     python -m rlrc_ros.ros_bench.watched_policy NOTES CAMERA,CAMERA --ros-args …
 
-Both are noted where they are found in any case; nothing else about the node is changed. NOTES is a
-file as `stamps` reads it: the stamps of images by their camera's place among those named, and under
-BEGAN and ENDED the times of each action.
+Its actions are replaced by a steady motion, since an arm must move to be stopped, and a policy that
+sees noise may stand still. Nothing else about the node is changed. NOTES is a file as `stamps`
+reads it: the stamps of images by their camera's place among those named, and under BEGAN and ENDED
+the times of each action.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rlrc_ros.ros_bench.stamps import StampWriter
 from rlrc_ros.vla.policy import Policy
 
 BEGAN, ENDED = 10, 11
+MOTION = (0.005, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""What is commanded in each control step: m, then rad."""
 
 
 def watch(notes: StampWriter, cameras: list[str]) -> None:
@@ -38,6 +41,8 @@ def watch(notes: StampWriter, cameras: list[str]) -> None:
         ended = time.time_ns()
         notes.write(BEGAN, began)
         notes.write(ENDED, ended)
+        notes.flush()
+        chunk.actions[:, :6] = MOTION
         return chunk
 
     setattr(ObservationBuffer, "add", noted_add)  # noqa: B010  (mypy refuses the plain form)
