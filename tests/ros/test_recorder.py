@@ -1,5 +1,4 @@
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -281,20 +280,6 @@ def test_sigterm_closes_the_bag(ros, recorder):
     assert recorder.process.wait() == 0
     assert verify(uri).ok
     assert read_episode(uri).termination_reason == "recorder_shutdown"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 20 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a small disk can only be mounted by root")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_full_disk_ends_the_recording_and_nothing_else(ros, start, small_disk):
