@@ -16,7 +16,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.nodes import common
 
 PATIENCE = 10.0
-"""s for the recorder to answer."""
+"""s for the recorder to answer; less where it has not been heard of for a while."""
 DISCOVERY_TIME = 2.0
 """s for it to be found, where it has only just started."""
 SILENCE = 3.0
@@ -39,6 +39,7 @@ class RecorderClient:
         self._episode_id = ""
         """Of the recording that goes on; empty where none does."""
         self._heard = 0.0
+        self._patience = PATIENCE
         node.create_subscription(RecorderStatus, "recorder/status", self._on_status, 10)
         node.create_timer(0.5, self._watch, clock=common.STEADY_CLOCK)
 
@@ -50,6 +51,7 @@ class RecorderClient:
 
     def _watch(self) -> None:
         if self._episode_id and time.monotonic() - self._heard > SILENCE:
+            self._patience = DISCOVERY_TIME
             self._lose(f"{SILENCE:g} s without a word that it records {self._episode_id}")
 
     def _lose(self, reason: str) -> None:
@@ -62,6 +64,7 @@ class RecorderClient:
         Raises:
             UserError: the recorder is missing, silent or refuses.
         """
+        self._patience = PATIENCE
         response = await self._ask(self._start, request)
         if not response.success:
             raise UserError(f"the recorder: {response.message}")
@@ -98,9 +101,9 @@ class RecorderClient:
             name = self._node.resolve_service_name(client.srv_name)
             raise UserError(f"there is no {name}; start recorder_node, or set record to false")
         future = client.call_async(request)
-        timer = self._node.create_timer(PATIENCE, future.cancel, clock=common.STEADY_CLOCK)
+        timer = self._node.create_timer(self._patience, future.cancel, clock=common.STEADY_CLOCK)
         response = await future
         self._node.destroy_timer(timer)
         if response is None:
-            raise UserError(f"{client.srv_name} did not answer within {PATIENCE:g} s")
+            raise UserError(f"{client.srv_name} did not answer within {self._patience:g} s")
         return response

@@ -53,7 +53,10 @@ class Chunk:
     stored: int
     size: int
     entries: dict[int, list[tuple[int, int]]]
-    """channel: (log time in ns, offset in the chunk) of its messages."""
+    """channel: (log time in ns, offset in the chunk) of its messages. A writer forgets them when
+    they are written: in hours they would fill its memory."""
+    counts: dict[int, int]
+    """channel: how many messages of it there are."""
     index_offsets: dict[int, int] = field(default_factory=dict)
     index_length: int = 0
 
@@ -82,8 +85,8 @@ class Index:
         """Messages by channel."""
         counts = {channel: len(self.loose.get(channel, ())) for channel in self.channels}
         for chunk in self.chunks:
-            for channel, entries in chunk.entries.items():
-                counts[channel] += len(entries)
+            for channel, count in chunk.counts.items():
+                counts[channel] += count
         return counts
 
     @property
@@ -204,10 +207,11 @@ class McapWriter:
         length = len(prefix) + self.pending
         chunk = Chunk(
             min(times), max(times), self._end, length, "", self.pending, self.pending,
-            dict(self._entries),
+            dict(self._entries), _lengths(self._entries),
         )  # fmt: skip
         index = _message_indexes(chunk)
         self._append(prefix, *self._pieces, index)
+        chunk.entries = {}
         self.index.chunks.append(chunk)
         self._reset_chunk()
 
@@ -379,8 +383,12 @@ def _read_chunk(index: Index, start: int, body: bytes) -> Chunk:
         at += _PREFIX.size + length
     return Chunk(
         start_time, end_time, start, _PREFIX.size + len(body), compression, stored, size,
-        dict(entries),
+        dict(entries), _lengths(entries),
     )  # fmt: skip
+
+
+def _lengths(entries: Mapping[int, list[tuple[int, int]]]) -> dict[int, int]:
+    return {channel: len(times) for channel, times in entries.items()}
 
 
 def _decompress(compression: str, data: bytes) -> bytes:

@@ -10,7 +10,7 @@ from tests.ros.conftest import BIN
 def test_every_row_is_measured(bundles, tmp_path):
     out = tmp_path / "out.json"
     words = ["--ros", "--policy", bundles["original"].path, "--out", out, "--json"]
-    words += ["--duration", "3", "--kills", "1", "--soak", "3"]
+    words += ["--duration", "2", "--kills", "1", "--soak", "2"]
     command = [sys.executable, BIN / "rlrc", "bench", *words]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert done.returncode in (0, 1), done.stderr
@@ -21,7 +21,7 @@ def test_every_row_is_measured(bundles, tmp_path):
     assert rows["latency"]["against_relay_on_arrival"]["median"] > 1
     assert rows["images"]["sent"] > 100 and rows["guard"]["intervals"] > 100
     assert rows["stop"]["kills"] + rows["stop"]["inconclusive"] == 1
-    assert rows["recorder"]["sent"] > 400 and 0 < rows["recorder"]["share_of_one_core"] < 2
+    assert rows["recorder"]["sent"] > 300 and 0 < rows["recorder"]["share_of_one_core"] < 2
     assert set(rows["soak"]["processes"]) == {"policy", "guard", "recorder"}
     assert len(json.loads(out.read_text())["raw"]["usages"]["guard"]) >= 2
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"], "bags and logs are gone"
