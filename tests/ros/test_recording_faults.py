@@ -263,6 +263,8 @@ def test_nodes_that_find_each_other_ten_seconds_late(ros_environment, start, tmp
     profiles = tmp_path / "server.xml"
     profiles.write_text(DISCOVERY_SERVER.format(port=port))
     monkeypatch.setenv("ROS_DISCOVERY_SERVER", f"127.0.0.1:{port}")
+    # Or the server tells a node only of the topics that it names itself.
+    monkeypatch.setenv("ROS_SUPER_CLIENT", "TRUE")
     with a_tester() as ros:
         recorder = Recorder(ros, start, tmp_path / "bags")
         start("command_guard_node")
@@ -273,7 +275,7 @@ def test_nodes_that_find_each_other_ten_seconds_late(ros_environment, start, tmp
         ros.spin(10.0)
         assert not heard and not statuses and not ros.node.count_publishers("joint_states")
         environment = dict.fromkeys(bringup.TRANSPORT_ENVIRONMENT, str(profiles))
-        environment["ROS_DISCOVERY_SERVER"] = ""
+        environment |= {"ROS_DISCOVERY_SERVER": "", "ROS_SUPER_CLIENT": ""}
         start([sys.executable, "-c", SERVE], environment=environment)
         ros.published("joint_states")
         uri = Path(recorder.start().uri)
