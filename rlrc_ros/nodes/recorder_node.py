@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class RecorderNode(Node):
         )
         if profile_only and not of_profile:
             raise UserError("parameter profile_topics_only: name a robot's profile as well")
+        # Without the policies: their paths would tell who is who in a blinded trial.
+        self._robot = asdict(replace(self._profile, policies={})) if self._profile else {}
         self._expected = [self.resolve_topic_name(topic) for topic in [*topics, *of_profile]]
         """Said to be missing where nobody publishes them."""
         self._wanted = set(self._expected) if topics or profile_only else set()
@@ -113,7 +115,7 @@ class RecorderNode(Node):
             bundle_hash=request.bundle_hash,
             metadata=_metadata(request.metadata_json),
             preroll=self._preroll,
-            robot_profile=asdict(self._profile) if self._profile else {},
+            robot_profile=self._robot,
         )
         self._recording = Recording(self._output_dir, episode)
         self._failure = ""

@@ -131,7 +131,8 @@ def test_an_episode_ends_when_its_recorder_dies(stack):
     stack.restart("recorder_node")
     result = stack.result(stack.begin("alive", 3.0))
     assert (result.termination_reason, result.message) == ("timeout", "after 3 s")
-    assert verify(stack.bags / "alive").ok
+    report = verify(stack.bags / "alive")
+    assert report.ok and report.episode.robot_profile["name"] == "sim"
 
 
 def test_an_episode_ends_when_its_recorder_freezes_and_its_bag_is_closed_when_it_thaws(stack):
