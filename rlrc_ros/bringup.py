@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,10 @@ def nodes(
             },
         )
     )
-    recorded = {"topics": record_topics} if record_topics else {}
+    # Without the policies: their paths would tell who is who in a blinded trial.
+    robot = json.dumps(asdict(replace(profile, policies={})))
+    recorded: dict[str, Any] = {"profile": robot}
+    recorded |= {"topics": record_topics} if record_topics else {}
     specs.append(NodeSpec("recorder_node", {"output_dir": output_dir, **recorded}))
     specs.append(
         NodeSpec(

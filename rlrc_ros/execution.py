@@ -22,6 +22,7 @@ OPERATOR_STOP = "operator_stop"
 GUARD_STOP = "guard_stop"
 POLICY_ERROR = "policy_error"
 OBSERVATION_LOST = "observation_lost"
+RECORDING_LOST = "recording_lost"
 NODE_DEACTIVATED = "node_deactivated"
 
 OBSERVATION_PATIENCE = 1.0

@@ -1,3 +1,4 @@
+import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -59,6 +60,8 @@ def test_given_policies_take_the_place_of_the_profiles():
     )
     by_name = {spec.executable: spec.parameters for spec in listed}
     assert by_name["policy_node"]["policies"] == ["X=x"]
+    robot = json.loads(by_name["recorder_node"].pop("profile"))
+    assert robot["name"] == "sim" and not robot["policies"], "a bag must not say who is who"
     assert by_name["recorder_node"] == {"output_dir": "/bags", "topics": ["/a"]}
     assert by_name["command_guard_node"]["dry_run"] is True
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlrc_ros.cli import bench_ros
 from rlrc_ros.cli.arguments import whole_number
 from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
@@ -39,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         action="append",
-        required=True,
         help="bundle directory, or the short name of a shipped bundle; give it once a policy: the "
         "others are compared with the first",
     )
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write every time and the machine's facts as JSON"
     )
+    bench_ros.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -81,6 +82,10 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise UserError(f"{arguments.out}: there is no directory {arguments.out.parent}")
+    if arguments.ros:
+        return bench_ros.main(arguments)
+    if not arguments.policy:
+        raise UserError("name a policy: --policy BUNDLE")
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:

@@ -17,6 +17,7 @@ from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -25,6 +26,8 @@ from rclpy.signals import SignalHandlerOptions
 from rlrc_ros.errors import UserError
 
 N = TypeVar("N", bound=Node)
+
+RCLError = rclpy_implementation.RCLError
 
 SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 """The latest measurement and no other (REP-2003)."""
@@ -65,7 +68,10 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
             rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         except RuntimeError as error:  # ROS arguments that rcl cannot parse
             raise UserError(str(error).splitlines()[0]) from None
-        node = make_node()
+        try:
+            node = make_node()
+        except RCLError as error:  # security that is asked for and cannot be had
+            raise UserError(str(error).splitlines()[0]) from None
     except UserError as error:
         _say(error)
         rclpy.try_shutdown()

@@ -77,7 +77,7 @@ class PolicyNode(LifecycleNode):
         self.create_service(LoadPolicy, "~/load_policy", self._on_load_policy)
         self.create_service(ListPolicies, "~/list_policies", self._on_list_policies)
         self.create_service(Trigger, "~/finish_episode", self._on_finish)
-        self._recorder = RecorderClient(self)
+        self._recorder = RecorderClient(self, partial(self.end_episode, execution.RECORDING_LOST))
         self._server = ActionServer(
             self,
             RunEpisode,
