@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.guard import Limits
+from rlrc_ros.limits import Limits
 from rlrc_ros.paths import config_file
 from rlrc_ros.schema import from_dict, read_yaml
 
