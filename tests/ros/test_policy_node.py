@@ -12,6 +12,7 @@ import pytest
 import rclpy
 from action_msgs.msg import GoalStatus
 from action_msgs.srv import CancelGoal
+from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.action.client import ActionClient
@@ -47,6 +48,7 @@ class Robot:
         self.guard = node.create_publisher(GuardStatus, "command_guard/status", 10)
         node.create_timer(1 / 30, self._look)
         node.create_timer(1 / 50, self._feel)
+        node.create_timer(0.1, self._guarded)
         self.commands = ros.collect(PolicyCommand, "policy_command")
         self.states = ros.collect(PolicyStatus, "policy/status")
         self._action = ActionClient(node, RunEpisode, "policy/run_episode")
@@ -63,6 +65,7 @@ class Robot:
 
     def repair(self):
         self.seeing, self.encoding, self.names = True, "rgb8", JOINTS
+        self.size, self.guarding, self.holder = (64, 64), True, ""
         self.positions = np.linspace(-0.4, 0.4, len(JOINTS))
 
     def _stamp(self):
@@ -70,10 +73,14 @@ class Robot:
 
     def _look(self):
         if self.seeing:
-            picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+            picture = np.random.default_rng(0).integers(0, 255, (*self.size, 3), np.uint8)
             image = rgb_to_image(picture, self._stamp(), "camera")
             image.encoding = self.encoding
             self._images.publish(image)
+
+    def _guarded(self):
+        if self.guarding:
+            self.guard.publish(GuardStatus(state="active", episode_id=self.holder, accepted=9))
 
     def _feel(self):
         positions = self.positions[: len(self.names)]
@@ -189,6 +196,8 @@ def test_the_policies_are_listed_as_loaded(robot, bundles):
     assert listed["original"].active and not listed["compressed"].active
     assert listed["original"].parameters > listed["compressed"].parameters > 0
     assert listed["original"].weight_bytes > listed["compressed"].weight_bytes > 0
+    for info in listed.values():
+        assert 0.0 < info.inference_ms < 1e3 * info.load_seconds
 
 
 def test_an_episode_runs_until_its_time_is_up(robot):
@@ -201,6 +210,7 @@ def test_an_episode_runs_until_its_time_is_up(robot):
     *steps, stop = robot.of(episode_id)
     assert [m.step for m in steps] == list(range(result.steps))
     for message in steps:
+        assert message.period == pytest.approx(0.1)
         twist, gripper = command_arrays(message)
         assert np.isfinite(twist).all() and 0.0 <= gripper <= 1.0
         assert (message.policy_label, message.header.frame_id) == ("original", "base_link")
@@ -345,6 +355,50 @@ def test_a_stop_of_the_guards_ends_the_episode(robot):
     _, result = robot.result(handle)
     assert (result.termination_reason, result.message) == ("guard_stop", "emergency stop")
     assert robot.stands(episode_id)
+
+
+def test_a_guard_that_dies_ends_the_episode_and_without_one_there_is_none(robot):
+    episode_id, handle = robot.send()
+    robot.acts(episode_id)
+    robot.guarding = False
+    _, result = robot.result(handle)
+    assert result.termination_reason == "guard_stop"
+    assert result.message.startswith("nothing has come from the command guard for 0.")
+    assert robot.stands(episode_id)
+    said = broken(robot, *robot.run())
+    assert said == "policy_error: no command guard is heard; start command_guard_node"
+    robot.guarding = True
+    assert robot.run(seconds=0.5)[2].termination_reason == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (GuardStatus(state="waiting", accepted=0), "the command guard has been restarted"),
+        (GuardStatus(state="active", episode_id="other", accepted=9), "'other' has the arm"),
+    ],
+)
+def test_a_guard_that_follows_others_ends_the_episode(robot, status, words):
+    episode_id, handle = robot.send()
+    robot.acts(episode_id, 8)
+    robot.guard.publish(status)
+    _, result = robot.result(handle)
+    assert (result.termination_reason, result.message) == ("guard_stop", words)
+    assert robot.stands(episode_id)
+
+
+def test_a_camera_that_changes_its_resolution_ends_the_episode(robot):
+    episode_id, handle = robot.send()
+    robot.acts(episode_id)
+    robot.size = (48, 64)
+    _, result = robot.result(handle)
+    assert result.termination_reason == "policy_error"
+    assert result.message == "observation: camera 'front' has changed from 64×64 to 64×48"
+    assert robot.stands(episode_id)
+    said = robot.ros.collect(DiagnosticArray, "/diagnostics")
+    assert robot.ros.until(lambda: said)
+    problem = f"ready; {episode_id}: policy_error {result.message}"
+    assert robot.ros.until(lambda: problem in [s.message for _, m in said for s in m.status])
 
 
 @pytest.mark.parametrize(
