@@ -108,18 +108,26 @@ def nodes(
                 },
             )
         )
+    if profile.ee_frame:
+        specs.append(
+            NodeSpec(
+                "ee_pose_node",
+                {"base_frame": profile.base_frame, "ee_frame": profile.ee_frame},
+                {"joint_states": joints.topic, "ee_pose": profile.ee_pose},
+            )
+        )
     specs.append(
         NodeSpec(
             "command_guard_node",
             {
                 "base_frame": profile.base_frame,
-                "max_linear_speed": limits.max_linear_speed,
-                "max_angular_speed": limits.max_angular_speed,
-                "max_linear_acceleration": limits.max_linear_acceleration,
-                "max_angular_acceleration": limits.max_angular_acceleration,
-                "workspace_min": list(limits.workspace_min),
-                "workspace_max": list(limits.workspace_max),
-                "max_gripper_rate": limits.max_gripper_rate,
+                "output": profile.ee_command_type,
+                "gripper_command_closed": profile.gripper_command_closed,
+                "gripper_command_open": profile.gripper_command_open,
+                **{
+                    name: list(value) if isinstance(value, tuple) else value
+                    for name, value in vars(limits).items()
+                },
                 "dry_run": dry_run,
             },
             {
@@ -139,6 +147,7 @@ def nodes(
                 "policies": [f"{label}={path}" for label, path in policies.items()],
                 "cameras": [_camera(name, source) for name, source in profile.cameras.items()],
                 "joint_states_max_age": joints.max_age,
+                "max_skew": profile.max_skew,
                 "gripper_joint": joints.gripper_joint,
                 "gripper_closed": joints.gripper_closed,
                 "gripper_open": joints.gripper_open,

@@ -81,6 +81,14 @@ def turn_quaternion(turn: Vector) -> Quaternion:
     return x, y, z, math.cos(angle / 2.0)
 
 
+def turned(vector: Vector, orientation: Quaternion) -> Vector:
+    """A vector of the frame with this orientation, in the frame around it."""
+    x, y, z, w = orientation
+    axis = (x, y, z)
+    twice = scaled(cross(axis, vector), 2.0)
+    return added(vector, added(scaled(twice, w), cross(axis, twice)))
+
+
 def turn_between(a: Quaternion, b: Quaternion) -> float:
     """The angle in [0, π] rad of the rotation from one orientation to the other."""
     conjugate = (-a[0], -a[1], -a[2], a[3])

@@ -89,7 +89,8 @@ def test_arguments_reach_the_nodes():
 def test_a_real_robot_gets_no_simulated_arm_and_its_own_topics():
     profile = load_profile("servo_arm")
     nodes = {
-        name: remapped for name, _, remapped, _ in launched("robot.launch.py", profile="servo_arm")
+        name: remapped
+        for name, _, remapped, _ in launched("bringup.launch.py", profile="servo_arm")
     }
     assert list(nodes) == NODES[1:]
     assert nodes["command_guard_node"]["ee_command"] == profile.ee_command
@@ -120,7 +121,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
     elif arguments["profile"] == "BAD":
         arguments["profile"] = str(bad)
     with pytest.raises((UserError, RuntimeError)) as raised:
-        launched("robot.launch.py", **arguments)
+        launched("bringup.launch.py", **arguments)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -1,8 +1,8 @@
 """The nodes of a robot: command guard, recorder and policies, for drivers that run already.
 
-    ros2 launch rlrc robot.launch.py profile:=my_arm.yaml policies:=A=original,B=compressed
+    ros2 launch rlrc bringup.launch.py profile:=my_arm.yaml policies:=A=original,B=compressed
 
-`ros2 launch rlrc robot.launch.py --show-args` describes the arguments. Begin with `dry_run:=true`.
+`ros2 launch rlrc bringup.launch.py --show-args` describes the arguments. Begin with `dry_run:=true`.
 When a node ends, all of them are stopped.
 """
 
