@@ -80,6 +80,8 @@ def nodes(
     policies: Mapping[str, str] | None = None,
     record_topics: list[str] | None = None,
     dry_run: bool = False,
+    device: str = "cpu",
+    use_sim_time: bool = False,
 ) -> list[NodeSpec]:
     """The nodes of a robot.
 
@@ -89,6 +91,8 @@ def nodes(
         policies: bundles by label, instead of the profile's own.
         record_topics: what to record; None: every topic.
         dry_run: the guard sends nothing to the controllers.
+        device: where policies run, as torch names it.
+        use_sim_time: stamps are of the topic /clock.
     """
     joints, limits = profile.joint_states, profile.guard
     policies = profile.policies if policies is None else policies
@@ -144,6 +148,7 @@ def nodes(
             "policy_node",
             {
                 "base_frame": profile.base_frame,
+                "device": device,
                 "policies": [f"{label}={path}" for label, path in policies.items()],
                 "cameras": [_camera(name, source) for name, source in profile.cameras.items()],
                 "joint_states_max_age": joints.max_age,
@@ -156,6 +161,9 @@ def nodes(
             {"joint_states": joints.topic},
         )
     )
+    if use_sim_time:
+        for spec in specs:
+            spec.parameters["use_sim_time"] = True
     return specs
 
 

@@ -87,10 +87,9 @@ def test_arguments_reach_the_nodes():
 
 
 def test_a_real_robot_gets_no_simulated_arm_and_its_own_topics():
-    profile = load_profile("servo_arm")
+    profile = load_profile("ur5e")
     nodes = {
-        name: remapped
-        for name, _, remapped, _ in launched("bringup.launch.py", profile="servo_arm")
+        name: remapped for name, _, remapped, _ in launched("bringup.launch.py", profile="ur5e")
     }
     assert list(nodes) == NODES[1:]
     assert nodes["command_guard_node"]["ee_command"] == profile.ee_command
@@ -98,7 +97,34 @@ def test_a_real_robot_gets_no_simulated_arm_and_its_own_topics():
 
 
 def test_sim_never_takes_the_profile_of_a_real_robot():
-    assert launched("sim.launch.py", profile="servo_arm") == launched("sim.launch.py")
+    assert launched("sim.launch.py", profile="ur5e") == launched("sim.launch.py")
+
+
+def test_record_starts_the_recorder_alone():
+    ((executable, parameters, _, environment),) = launched(
+        "record.launch.py", profile="fr3", output_dir="demos", record_topics="/a,/b"
+    )
+    assert executable == "recorder_node" and environment == bringup.TRANSPORT_ENVIRONMENT
+    assert (parameters["output_dir"], parameters["topics"]) == ("demos", ["/a", "/b"])
+
+
+def test_device_and_simulated_time_reach_the_nodes_and_an_arm_without_a_pose_gets_one():
+    nodes = {
+        executable: parameters
+        for executable, parameters, *_ in launched(
+            "bringup.launch.py", profile="xarm7", device="cuda:1", use_sim_time="true"
+        )
+    }
+    assert nodes["policy_node"]["device"] == "cuda:1"
+    assert nodes["ee_pose_node"]["ee_frame"] == "link_tcp"
+    assert all(parameters["use_sim_time"] for parameters in nodes.values())
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.launch.py")), ids=lambda file: file.name)
+def test_every_argument_is_described(file):
+    description = get_launch_description_from_python_launch_file(str(file))
+    declared = description.get_launch_arguments()
+    assert declared and all(len(argument.description) > 20 for argument in declared)
 
 
 @pytest.mark.parametrize(
