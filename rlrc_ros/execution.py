@@ -29,6 +29,8 @@ OBSERVATION_PATIENCE = 1.0
 """s without a usable observation after which an episode ends."""
 FIRST_OBSERVATION_PATIENCE = 5.0
 """s to wait for the first one: sources may still be starting."""
+LONGEST_STALL = 1.0
+"""s that control may be held up for, beyond its period, before the episode ends."""
 OLDEST_ACTION = 1.0
 """s from an observation's oldest stamp after which the action computed from it is not sent."""
 
@@ -130,13 +132,18 @@ class Episode:
         """Call once a control period: commands what is due, and has the policy look again."""
         if self.ended:
             return
+        now = time.monotonic()
         if self._began is None:
-            self._began = self._last_step = time.monotonic()
+            self._began = self._last_step = self._tick_time = now
+        if (gap := now - self._tick_time) > self._plan.period + LONGEST_STALL:
+            # Whoever stands beside the arm takes it for stopped by now.
+            self.end(POLICY_ERROR, f"the node was held up for {gap:.1f} s")
+            return
         if self.elapsed > self.max_duration:
             self.end(TIMEOUT, f"after {self.max_duration:g} s")
             return
         with self._lock:
-            self._due, self._tick_time = True, time.monotonic()
+            self._due, self._tick_time = True, now
             self._command_next()
             late, wants_more = self._due, self._plan.wants_more
         if self.busy:
@@ -167,7 +174,7 @@ class Episode:
             return
         looked = time.perf_counter()
         try:
-            actions = self.policy.act(observation).actions
+            actions = _checked(self.policy.act(observation).actions)
         except Exception as error:
             self.end(POLICY_ERROR, f"{type(error).__name__}: {error}")
             return
@@ -213,6 +220,14 @@ class Episode:
         self.statistics.skip_reason = message
         if time.monotonic() - self._last_step > patience:
             self.end(reason, message)
+
+
+def _checked(actions: NDArray[np.float64]) -> NDArray[np.float64]:
+    if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions):
+        raise UserError(f"the policy gave actions of shape {actions.shape} instead of (T, 7)")
+    if not np.isfinite(actions).all():
+        raise UserError("the policy gave an action that is not finite")
+    return actions
 
 
 class PolicyStore:

@@ -20,7 +20,7 @@ class Robot:
     """Looks, acts and hears commands; each part can be told to misbehave."""
 
     def __init__(self, max_duration=20.0, chunk=1, **plan):
-        self.chunk = chunk
+        self.chunk, self.actions = chunk, None
         self.commands = []
         self.look_error = self.act_error = None
         self.age, self.acting = 0.0, threading.Event()
@@ -47,7 +47,8 @@ class Robot:
         self.acting.wait(10.0)
         if self.act_error:
             raise self.act_error
-        return SimpleNamespace(actions=np.stack([ACTION + i for i in range(self.chunk)]))
+        actions = np.stack([ACTION + i for i in range(self.chunk)])
+        return SimpleNamespace(actions=actions if self.actions is None else self.actions)
 
     def _command(self, action, stamp_ns, step):
         self.commands.append((action, stamp_ns, step))
@@ -233,6 +234,31 @@ def test_an_error_ends_the_episode_and_commands_nothing(robot, part, error, said
     robot.step()
     robot.step()
     assert ended(robot) == ("policy_error", said) and not robot.commands
+
+
+@pytest.mark.parametrize(
+    ("actions", "said"),
+    [
+        (np.full((1, 7), np.nan), "UserError: the policy gave an action that is not finite"),
+        (np.full((2, 7), np.inf), "UserError: the policy gave an action that is not finite"),
+        (np.zeros(7), "UserError: the policy gave actions of shape (7,) instead of (T, 7)"),
+        (np.zeros((0, 7)), "UserError: the policy gave actions of shape (0, 7) instead of (T, 7)"),
+    ],
+)
+def test_actions_that_are_none_end_the_episode(robot, actions, said):
+    robot.actions = actions
+    robot.step()
+    assert ended(robot) == ("policy_error", said) and not robot.commands
+
+
+def test_an_episode_that_was_held_up_does_not_go_on(robot, monkeypatch):
+    monkeypatch.setattr(execution, "LONGEST_STALL", 0.2)
+    robot.step()
+    time.sleep(0.4)
+    robot.step()
+    reason, message = ended(robot)
+    assert reason == "policy_error" and message.startswith("the node was held up for 0.")
+    assert len(robot.commands) == 1
 
 
 def test_a_policy_that_cannot_be_loaded_changes_nothing():

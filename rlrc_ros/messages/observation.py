@@ -102,17 +102,13 @@ class ObservationBuffer:
     def add(self, source: str, message: Any) -> None:
         """Take a message in; one that is not newer than the source's latest is ignored.
 
-        Unless the latest came long ago: then the clock of the stamps may have been set back.
+        Unless it is older by more than its age limit: then the clock has been set back.
         """
-        now = time.monotonic()
         with self._lock:
             latest = self._latest.get(source)
-            if (
-                latest is None
-                or _ns(message) > _ns(latest)
-                or now - self._arrived[source] > self._max_age.get(source, 0.0)
-            ):
-                self._latest[source], self._arrived[source] = message, now
+            newer = 1.0 if latest is None else (_ns(message) - _ns(latest)) * 1e-9
+            if newer > 0.0 or newer < -self._max_age.get(source, 0.0):
+                self._latest[source], self._arrived[source] = message, time.monotonic()
 
     def forget(self) -> None:
         """Drop everything: the next snapshot needs new messages."""

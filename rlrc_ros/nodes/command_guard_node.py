@@ -197,6 +197,7 @@ class CommandGuardNode(Node):
             self.get_logger().info(line)
         self._reported = state
         self._publish_status()
+        self._publish_diagnostics()
 
     def _publish_status(self) -> None:
         guard = self._guard

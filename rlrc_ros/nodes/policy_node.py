@@ -44,7 +44,7 @@ from rlrc_ros.vla import Observation, Policy, load_policy
 
 LONGEST_EPISODE = 3600.0
 """s."""
-GUARD_PATIENCE = 0.5
+GUARD_PATIENCE = 1.0
 """s without a word from the command guard after which an episode ends."""
 GUARD_DISCOVERY = 3.0
 """s to wait for its first word, when an episode is to begin."""
@@ -331,8 +331,8 @@ class PolicyNode(LifecycleNode):
         self._sizes.clear()
 
         def tick() -> None:
-            self._watch_guard()
             episode.tick()
+            self._watch_guard()
             self._publish_status()
             statistics = episode.statistics
             handle.publish_feedback(

@@ -5,7 +5,9 @@ import statistics
 import time
 
 import pytest
+import rclpy
 from geometry_msgs.msg import PoseStamped, TwistStamped
+from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus, PolicyCommand
 from std_msgs.msg import Bool, Float64MultiArray
 from std_srvs.srv import Trigger
@@ -303,6 +305,17 @@ def test_a_nonsense_parameter_is_refused_in_one_line(start, name, value, words):
     guard = start("command_guard_node", {name: value})
     assert guard.wait() == 2
     assert words in guard.output and len(guard.output.splitlines()) == 1
+
+
+def test_parameters_cannot_be_changed_while_it_runs(ros, start):
+    arm = Arm(ros, start)
+    for value in (5.0, math.nan, -1.0, "fast"):
+        parameter = rclpy.Parameter("max_linear_speed", value=value).to_parameter_msg()
+        name = "command_guard/set_parameters"
+        response = ros.call(SetParameters, name, parameters=[parameter])
+        assert not response.results[0].successful and response.results[0].reason
+    assert arm.drive_until(lambda: arm.twists and arm.speed > 0.24, x=2.0)
+    assert max(m.twist.linear.x for _, m in arm.twists) <= 0.25
 
 
 def test_state_changes_are_logged_once(ros, start):
