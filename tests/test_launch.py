@@ -182,12 +182,13 @@ def test_ros2_launch_brings_everything_up_and_down(make_bundle, tmp_path):
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while "ready for episodes" not in log.read_text() and time.monotonic() < deadline:
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
+        assert "ready for episodes" in log.read_text(), log.read_text()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
     printed = log.read_text()
