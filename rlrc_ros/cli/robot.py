@@ -16,19 +16,22 @@ HELP = "compare a robot profile with the live ROS graph"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    verbs = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = verbs.add_parser(
-        "check", help="say what does not fit, before anything moves; nothing is published"
+    parser.add_argument(
+        "action",
+        choices=["check"],
+        help="check: say what does not fit, before anything moves; nothing is published",
     )
-    check.add_argument("profile", help="a YAML file, or the name of one in config/robots")
-    check.add_argument(
+    parser.add_argument("profile", help="a YAML file, or the name of one in config/robots")
+    parser.add_argument(
         "--policy",
         action="append",
         default=[],
         metavar="BUNDLE",
         help="compare with what this policy needs, instead of the profile's own; repeatable",
     )
-    check.add_argument("--seconds", type=float, default=3.0, help="how long to listen (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="how long to listen (default: 3)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
