@@ -227,6 +227,26 @@ class PruneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsifyConfig:
+    """Zeros among the weights of the decoder's layers: what structured pruning is compared with."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt"]
+    sparsity: float
+    """Share of the weights that become zero."""
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    """2:4: two of every four neighbouring inputs, which GPUs can make use of."""
+    calibration_samples: int = 256
+    calibration_batch: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise UserError("sparsify: 'sparsity' is a share, above 0 and below 1")
+        if self.pattern == "2:4" and self.sparsity != 0.5:
+            raise UserError(f"sparsify: 2:4 is a sparsity of 0.5, not {self.sparsity}")
+        _check("sparsify", self, positive="calibration_samples calibration_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlConfig:
     """PPO with critic warm-up and BC regularization.
 

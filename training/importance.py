@@ -102,29 +102,48 @@ def _gradients_of_layers_only(model: OpenVLA) -> Iterator[None]:
         model.requires_grad_(True)
 
 
+class SeenTokens:
+    """While open, tells which rows of a decoder projection's input are no padding."""
+
+    def __init__(self, model: OpenVLA) -> None:
+        self._mask: Tensor | None = None
+        decoder = model.language_model.model
+        self._handle = decoder.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
+        self._mask = given["attention_mask"]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Of the pass that runs now: (B, L), or None where nothing is padding."""
+        return self._mask
+
+    def __enter__(self) -> SeenTokens:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, C) as (tokens, C) in float32, without padding."""
+    return (x.flatten(0, 1) if mask is None else x[mask]).float()
+
+
 @torch.no_grad()
 def input_norms(model: OpenVLA, batches: Iterable[Batch]) -> dict[nn.Linear, Tensor]:
     """The L2 norm of every input channel of the decoder's projections, padding left out."""
     sums: dict[nn.Linear, Tensor] = {}
-    seen: list[Tensor | None] = [None]
+    with SeenTokens(model) as seen, contextlib.ExitStack() as hooks:
 
-    def add(linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(linear, nn.Linear)
-        x = arguments[0]
-        x = x.flatten(0, 1) if seen[0] is None else x[seen[0]]
-        square = x.float().square().sum(0)
-        sums[linear] = sums[linear] + square if linear in sums else square
+        def add(linear: Any, arguments: tuple[Tensor, ...]) -> None:
+            square = rows(arguments[0], seen.mask).square().sum(0)
+            sums[linear] = sums[linear] + square if linear in sums else square
 
-    handles = [linear.register_forward_pre_hook(add) for linear in decoder_linears(model)]
-    try:
+        for linear in decoder_linears(model):
+            hooks.callback(linear.register_forward_pre_hook(add).remove)
         for batch in batches:
-            _, mask = model.embed(batch.inputs)
-            fed = model.action_tokens - 1
-            seen[0] = None if mask is None else nn.functional.pad(mask, (0, fed), value=True)
             model(batch.inputs, batch.bins)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {linear: total.sqrt() for linear, total in sums.items()}
 
 
@@ -151,8 +170,8 @@ def score_groups(layer: Any, measure: Measure) -> GroupScores:
     groups = torch.stack([weight.reshape(kv_heads, -1).sum(1) for weight in (q, k, v, o)]).sum(0)
     own = q.reshape(heads, -1).sum(1) + o.reshape(heads, -1).sum(1)
     # Summed as torch-pruning's group importance does, to the last bit, which a test holds.
-    rows = (measure(mlp.gate_proj), measure(mlp.up_proj), measure(mlp.down_proj).T)
+    weights = (measure(mlp.gate_proj), measure(mlp.up_proj), measure(mlp.down_proj).T)
     channels = torch.zeros(mlp.gate_proj.out_features, device=groups.device)
-    for weight in rows:
+    for weight in weights:
         channels += weight.sum(1)
     return GroupScores(groups, own, channels)
