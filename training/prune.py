@@ -26,7 +26,6 @@ from rlrc_ros.vla.openvla import OpenVLA, layer_widths
 from training.bundles import Trainable
 from training.common import seed_everything
 from training.config import PruneConfig, stated
-from training.data.demonstrations import Demonstrations
 from training.importance import GroupScores, measuring, score_groups, score_layers
 from training.planning import (
     Plan,
@@ -193,14 +192,12 @@ def facts_of(plan: Plan, config: PruneConfig, before: DecoderConfig) -> dict[str
 def run(
     config: PruneConfig,
     trainable: Trainable,
-    data: Demonstrations,
+    batches: DemonstrationBatches,
     *,
     seed: int,
-    device: torch.device,
 ) -> dict[str, Any]:
     """Prune, calibrated on demonstrations; returns the stage's facts."""
     seed_everything(seed)
-    batches = DemonstrationBatches(data, trainable.processor, trainable.codec, device)
     before = trainable.model.config.decoder
     chosen = prune(trainable.model, batches, config)
     return {"seed": seed, **stated(config), **facts_of(chosen, config, before)}

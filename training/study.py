@@ -36,7 +36,6 @@ from training.bundles import Trainable, load_trainable
 from training.common import claim, forget_checkpoints, pick_device, seed_everything
 from training.config import PruneConfig, stated
 from training.data.collect import collect_demonstrations
-from training.data.demonstrations import Demonstrations, join, read
 from training.evaluate import Evaluation, evaluate, summarise
 from training.sft import DemonstrationBatches
 from training.sparsify import sparsify, zeros, zeros_held
@@ -80,7 +79,7 @@ class Study:
         if bundle.config.quantization:
             raise UserError(f"{bundle.path}: is quantized; study its parent instead")
         self._places = demonstrations or []
-        self._data: Demonstrations | None = None
+        self._held: DemonstrationBatches | None = None
         claim(out, {**stated(config), "policy": bundle.hash, "device": self.device.type})
         for name in ("cells", "bundles", "evaluation", "work"):
             (out / name).mkdir(exist_ok=True)
@@ -137,46 +136,44 @@ class Study:
 
     def _prune(self, cell: Cell, place: Path) -> None:
         """Prune and recover."""
-        config, device = self.config, self.device
+        config = self.config
         how = cell.prune_config(config)
         seed_everything(config.seed)
-        trainable = load_trainable(self._policy, device)
+        trainable = load_trainable(self._policy, self.device)
+        batches = self._batches(trainable)
+        held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(how, PruneConfig):
-            facts = prune.run(how, trainable, self.data, seed=config.seed, device=device)
-            held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            facts = prune.run(how, trainable, batches, seed=config.seed)
         else:
             assert how is not None
-            data = DemonstrationBatches(self.data, trainable.processor, trainable.codec, device)
-            sparsify(trainable.model, data, how)
+            sparsify(trainable.model, batches, how)
             facts, held = asdict(how), zeros_held(trainable.model)
         if config.recovery:
             with held:
-                facts["recovery"] = self._recover(trainable, cell)
+                facts["recovery"] = sft.run(
+                    config.recovery,
+                    trainable,
+                    batches,
+                    seed=config.seed,
+                    device=self.device,
+                    work=self.out / "work" / cell.pruned,
+                    latency=config.demonstrations.latency,
+                )
         trainable.save(place, "pruned", **facts, **zeros(trainable.model))
         forget_checkpoints(self.out / "work" / cell.pruned)
 
-    def _recover(self, trainable: Trainable, cell: Cell) -> dict[str, Any]:
-        assert self.config.recovery is not None
-        return sft.run(
-            self.config.recovery,
-            trainable,
-            self.data,
-            seed=self.config.seed,
-            device=self.device,
-            work=self.out / "work" / cell.pruned,
-            latency=self.config.demonstrations.latency,
-        )
-
-    @property
-    def data(self) -> Demonstrations:
+    def _batches(self, trainable: Trainable) -> DemonstrationBatches:
         """The demonstrations, recorded if need be."""
-        if self._data is None:
-            if not self._places:
-                self.say(f"{self.config.demonstrations.episodes} demonstrations")
-                self._places = [self.out / "demonstrations"]
-                collect_demonstrations(self._places[0], self.config.demonstrations)
-            self._data = join([read(place) for place in self._places])
-        return self._data
+        # What one policy is corrected on in its recovery is not for the others.
+        if self._held is None or (self.config.recovery and self.config.recovery.corrections):
+            self._held = DemonstrationBatches(trainable.processor, trainable.codec, self.device)
+        if not self._places:
+            self.say(f"{self.config.demonstrations.episodes} demonstrations")
+            self._places = [self.out / "demonstrations"]
+            collect_demonstrations(self._places[0], self.config.demonstrations)
+        for place in self._places:
+            self._held.take(place)
+        return self._held
 
     def _made(self, policy: Path) -> dict[str, Any]:
         """What pruning took away: shares of layers and LLM."""

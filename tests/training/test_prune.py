@@ -179,10 +179,10 @@ def test_taylor_keeps_what_the_loss_depends_on(trainable, batches):
     ).all()
 
 
-def test_every_way_of_counting_is_reported(trainable, demonstrations):
+def test_every_way_of_counting_is_reported(trainable, batches):
     policy = trainable(((4, 4, 128),) * 5)
     asked = planned("width", remove_of_llm=0.2)
-    facts = prune.run(asked, policy, demonstrations, seed=0, device=torch.device("cpu"))
+    facts = prune.run(asked, policy, batches(policy), seed=0)
     inside, layers, llm = (
         facts[f"removed_of_{name}"] for name in ("unprotected_layers", "layers", "llm")
     )
@@ -191,9 +191,9 @@ def test_every_way_of_counting_is_reported(trainable, demonstrations):
     assert "max_bytes" not in facts and "keep_layers" not in facts
 
 
-def test_facts_of_pruning_as_it_was_before_there_were_plans(trainable, demonstrations):
+def test_facts_of_pruning_as_it_was_before_there_were_plans(trainable, batches):
     policy = trainable(((4, 4, 128),) * 5)
-    facts = prune.run(config(), policy, demonstrations, seed=0, device=torch.device("cpu"))
+    facts = prune.run(config(), policy, batches(policy), seed=0)
     assert list(facts) == [
         *("seed", "remove", "keep_layers", "importance", "ffn_multiple", "calibration_samples"),
         *("layers_kept", "removed_of_layers", "removed_of_llm"),
