@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from rlrc_ros.vla.inspection import inspect
 from training import prune, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
 from training.common import claim, forget_checkpoints, pick_device, seed_everything
-from training.config import CompressConfig, SftConfig
+from training.config import CompressConfig, SftConfig, stated
 from training.data.collect import collect_demonstrations
 from training.data.demonstrations import read_proprioception
 from training.evaluate import EpisodeResult, Evaluation, evaluate, summarise
@@ -50,7 +49,7 @@ class Pipeline:
         self.device = pick_device(device)
         self._latency = config.demonstrations.latency
         self._held: DemonstrationBatches | None = None
-        claim(out, asdict(config))
+        claim(out, stated(config))
 
     def run(self, evaluate_too: bool = True) -> dict[str, Any]:
         """Make what is missing; returns what `summary.json` holds.

@@ -18,17 +18,8 @@ from rlrc_ros.cli.output import reserved_stdout
 from rlrc_ros.errors import UserError
 
 VERBS = (
-    "demo",
-    "inspect",
-    "compress",
-    "sft",
-    "prune",
-    "rl",
-    "quantize",
-    "eval",
-    "bench",
-    "bag",
-    "robot",
+    *("demo", "inspect", "compress", "sft", "prune", "rl", "quantize", "eval", "study", "bench"),
+    *("parity", "robot", "bag", "trial"),
 )
 
 EXTRAS = {

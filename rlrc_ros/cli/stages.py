@@ -15,6 +15,8 @@ from rlrc_ros.errors import UserError
 
 Stage = Callable[[argparse.Namespace, Any, Any], dict[str, Any]]
 """(arguments, configuration, trainable policy) -> facts for the provenance; trains in place."""
+Load = Callable[[argparse.Namespace, Any, Any], Any]
+"""(arguments, configuration, device) -> policy, where it is not the whole one in float32."""
 
 
 def add_stage_arguments(
@@ -45,7 +47,9 @@ def add_stage_arguments(
         parser.add_argument("--seed", type=seed, default=0, help="of the training (default 0)")
 
 
-def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
+def run_stage(
+    arguments: argparse.Namespace, name: str, stage: Stage, load: Load | None = None
+) -> int:
     """Load, train, save, and say what was made; an existing bundle is not replaced."""
     import numpy as np
 
@@ -62,7 +66,9 @@ def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=arguments.out.parent):
         pass  # better to find out before the training than after it
-    if arguments.policy:
+    if load:
+        trainable = load(arguments, config, device)
+    elif arguments.policy:
         trainable = load_trainable(arguments.policy, device)
     else:
         seed_everything(arguments.seed)

@@ -185,10 +185,12 @@ class ProprioceptionConfig:
 class QuantizationConfig:
     """How the weights of some parts are stored."""
 
-    method: Literal["bitsandbytes-nf4"]
+    method: Literal["bitsandbytes-nf4", "bitsandbytes-int8"]
     parts: tuple[Literal["llm", "vision", "projector"], ...]
     block_size: int = 64
+    """Weights that share a scale, in NF4; int8 has one scale a row."""
     double_quantization: bool = True
+    """Whether NF4's scales are quantized too."""
 
     def __post_init__(self) -> None:
         if not self.parts:

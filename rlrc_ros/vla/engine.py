@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
-from rlrc_ros.vla.quantization import bitsandbytes, is_quantized, weight_bytes
+from rlrc_ros.vla.quantization import Int8Linear, bitsandbytes, is_quantized, weight_bytes
 
 
 class Engine(Protocol):
@@ -132,6 +132,8 @@ class _Layer:
         ]
 
     def _fuse(self, linears: list[Any]) -> Any:
+        if isinstance(linears[0], Int8Linear):
+            return Int8Linear.joined(linears)
         return _NF4(linears, self._norm1.dtype) if is_quantized(linears[0]) else _Dense(linears)
 
     def refresh(self, layer: Any) -> None:
