@@ -50,8 +50,8 @@ def empty_model(bundle: Bundle) -> OpenVLA:
     """
     with torch.device("meta"):
         model = build_model(bundle.config)
-    file = bundle.path / "model.safetensors"
-    _refuse_misfits(file, model, bundle.shapes(), bundle.config.quantization is not None)
+    weights, quantized = bundle.weights, bundle.config.quantization is not None
+    _refuse_misfits(weights.path, model, weights.shapes(), quantized)
     return model
 
 
@@ -64,18 +64,21 @@ def load_model(
         UserError: the stored tensors do not fit the architecture; found out before any of them is
             read.
     """
-    model = empty_model(bundle)
-    file = bundle.path / "model.safetensors"
-    quantized = bundle.config.quantization
-    tensors = bundle.tensors()
-    if quantized:
-        quantization.restore(model, quantized, tensors)
-    # Copies: the file's own memory map must not change under a running policy when the file does.
-    cast = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+    model, weights = empty_model(bundle), bundle.weights
+    tensors = weights.stream()
+    if quantized := bundle.config.quantization:
+        held = bundle.tensors()
+        quantization.restore(model, quantized, held)
+        tensors = iter(held.items())
+    # Copies, one at a time: a file's own memory map must not change under a running policy when the
+    # file does, nor fill the memory beside them.
+    cast = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
     problems = model.load_state_dict(cast, strict=False, assign=True)
     left = [key for key in problems.missing_keys if not _belongs_to_quantized(model, key)]
     if left or problems.unexpected_keys:
-        raise UserError(f"{file}: missing {left[:3]}, unexpected {problems.unexpected_keys[:3]}")
+        raise UserError(
+            f"{weights.path}: missing {left[:3]}, unexpected {problems.unexpected_keys[:3]}"
+        )
     model.rebuild_buffers()
     return model.to(device).eval()
 
@@ -136,7 +139,8 @@ class Policy:
         self.bundle, self.config, self.hash = bundle, bundle.config, bundle.hash
         self.engine, self.device, self.dtype = engine, device, dtype
         self.parameters = parameters
-        self.processor = Processor(bundle.config, bundle.tokenizer())
+        tokenizer = bundle.tokenizer() if bundle.has_tokenizer else None
+        self.processor = Processor(bundle.config, tokenizer)
         self._codec = ActionCodec(bundle.config.action_codec)
 
     def act(self, observation: Observation) -> ActionChunk:
@@ -146,6 +150,7 @@ class Policy:
             UserError: the observation does not fit the bundle's contract, or the model gave a value
                 that is not finite.
         """
+        self.bundle.require_action_scale()
         start = time.perf_counter()
         inputs = self.processor(observation).to(self.device, self.dtype)
         ready = time.perf_counter()
@@ -167,7 +172,11 @@ class Policy:
         """Act twice on a grey image, so that no robot waits for first calls.
 
         Returns the seconds it took.
+
+        Raises:
+            UserError: nobody has said how the policy's actions are scaled.
         """
+        self.bundle.require_action_scale()
         start = time.perf_counter()
         config = self.config
         size = config.architecture.towers[0].image_size
@@ -202,16 +211,22 @@ def parameter_counts(model: OpenVLA) -> dict[str, int]:
 
 
 def load_policy(
-    policy: str | Path, device: str = "cpu", engine: EngineName = "auto", dtype: str = "auto"
+    policy: str | Path,
+    device: str = "cpu",
+    engine: EngineName = "auto",
+    dtype: str = "auto",
+    unnorm_key: str | None = None,
 ) -> Policy:
-    """Load a bundle and make it ready to act.
+    """Load a bundle or an OpenVLA checkpoint and make it ready to act.
 
     Args:
-        policy: a bundle directory, or the short name of a shipped bundle.
+        policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
         engine: `auto` takes `unrolled` on a CPU, else `eager`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16.
+        unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
+            there are several and none is chosen, the policy loads and refuses to act.
 
     Raises:
         UserError: the bundle is incomplete or damaged, or does not fit; the device does not exist.
@@ -223,7 +238,7 @@ def load_policy(
         raise UserError(
             f"device '{device}' cannot be used ({str(error).splitlines()[0]})"
         ) from None
-    bundle = open_bundle(policy)
+    bundle = open_bundle(policy, unnorm_key)
     on_cpu = target.type == "cpu"
     if engine == "unrolled" and not on_cpu:
         raise UserError("the unrolled engine runs on a CPU only; take engine 'eager'")

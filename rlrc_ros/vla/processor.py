@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,8 +149,15 @@ class Processor:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise UserError(
                 f"camera '{camera.name}': expected (height, width, 3) uint8 RGB, got "
-                f"{image.shape} {image.dtype}"
+                f"{image.shape} {image.dtype}{_remedy(image)}"
             )
+        return self.resized(image)
+
+    def resized(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB -> the towers' size: bicubic with antialias, not keeping the aspect.
+
+        As upstream's training does it ('resize-naive').
+        """
         size = self.config.architecture.towers[0].image_size
         if image.shape[:2] == (size, size):
             return image
@@ -171,6 +179,15 @@ class Processor:
         if not np.isfinite(values).all():
             raise UserError("the proprioception has a value that is not finite")
         return self.normalise_proprioception(values[None])
+
+
+def _remedy(image: NDArray[Any]) -> str:
+    """What to do about an image that is not RGB of 8 bits, where that can be told."""
+    if image.dtype == np.uint16:
+        return "; scale its 16 bits to 8"
+    if image.ndim == 2 or image.shape[2:] == (1,):
+        return "; it is grey, and the policy was trained on colours"
+    return "; drop its alpha channel" if image.shape[2:] == (4,) else ""
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
