@@ -76,7 +76,8 @@ def _write(path: Path, megabytes: int, shards: int) -> None:
     )
     tensors = OpenVLA(config, 256, 7).state_dict()
     path.mkdir()
-    names, index = sorted(tensors), {}
+    names = sorted(tensors)
+    index: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         save_file({name: tensors[name] for name in names[i::shards]}, path / file)
