@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=["auto", "eager", "unrolled"],
+        choices=["auto", "eager", "unrolled", "graph"],
         help="run every policy with each of these (default auto)",
     )
     parser.add_argument(

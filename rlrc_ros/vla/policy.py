@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +19,11 @@ from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.engine import EagerEngine, Engine, UnrolledEngine
+from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.processor import Observation, Processor
 
-EngineName = Literal["auto", "eager", "unrolled"]
+EngineName = Literal["auto", "eager", "unrolled", "graph"]
 
 
 @dataclass
@@ -152,7 +155,9 @@ class Policy:
         """
         self.bundle.require_action_scale()
         start = time.perf_counter()
-        inputs = self.processor(observation).to(self.device, self.dtype)
+        inputs = self.processor(observation, as_bytes=self.engine.takes_bytes)
+        if not self.engine.takes_bytes:
+            inputs = inputs.to(self.device, self.dtype)
         ready = time.perf_counter()
         bins = self.engine.bins(inputs).cpu().numpy()
         actions = self._codec.decode(bins)
@@ -169,7 +174,7 @@ class Policy:
         return parts | {"total": sum(parts.values())}
 
     def warm_up(self) -> float:
-        """Act twice on a grey image, so that no robot waits for first calls.
+        """Prepare the engine and act twice on a grey image: no robot waits for first calls.
 
         Returns the seconds it took.
 
@@ -178,16 +183,19 @@ class Policy:
         """
         self.bundle.require_action_scale()
         start = time.perf_counter()
-        config = self.config
+        config, in_bytes = self.config, self.engine.takes_bytes
         size = config.architecture.towers[0].image_size
         grey = np.full((1, size, size, 3), 128, np.uint8)
         resting = np.asarray(config.proprioception.mean)[None] if config.proprioception else None
         inputs = Inputs(
             torch.full((1, 16), config.architecture.decoder.bos_token_id),
             None,
-            self.processor.pixel_values(grey),
+            torch.tensor(grey) if in_bytes else self.processor.pixel_values(grey),
             None if resting is None else self.processor.normalise_proprioception(resting),
-        ).to(self.device, self.dtype)
+        )
+        if not in_bytes:
+            inputs = inputs.to(self.device, self.dtype)
+        self.engine.prepare()
         for _ in range(2):
             self.engine.bins(inputs)
         return time.perf_counter() - start
@@ -222,7 +230,7 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `unrolled` on a CPU, else `eager`.
+        engine: `auto` takes `unrolled` on a CPU, else `graph`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -240,14 +248,38 @@ def load_policy(
         ) from None
     bundle = open_bundle(policy, unnorm_key)
     on_cpu = target.type == "cpu"
+    if engine == "auto":
+        engine = "unrolled" if on_cpu else "graph"
     if engine == "unrolled" and not on_cpu:
-        raise UserError("the unrolled engine runs on a CPU only; take engine 'eager'")
+        raise UserError("the unrolled engine runs on a CPU only; take engine 'graph' or 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    _refuse_too_large(bundle, target, kind)
     model = load_model(bundle, target, kind)
     parameters = parameter_counts(model)  # before an engine takes the model apart
-    chosen: Engine = (
-        UnrolledEngine(model)
-        if engine == "unrolled" or (engine == "auto" and on_cpu)
-        else EagerEngine(model)
-    )
-    return Policy(bundle, chosen, parameters, target, kind)
+    return Policy(bundle, _ENGINES[engine](model), parameters, target, kind)
+
+
+_ENGINES: dict[str, Callable[[OpenVLA], Engine]] = {
+    "eager": EagerEngine,
+    "unrolled": UnrolledEngine,
+    "graph": GraphEngine,
+}
+
+
+def _refuse_too_large(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+    """Say before anything is read that a GPU has no room for a model, and what would fit."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    quantized = bundle.config.quantization is not None
+    shapes = bundle.weights.shapes().values()
+    needed = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    if quantized:
+        needed = sum(bundle.sizes().values())
+    if needed > free:
+        advice = "prune it further" if quantized else "prune it, or quantize it to NF4"
+        smaller = "" if quantized else f" (about {needed * 0.55 / dtype.itemsize / 1e9:.1f} GB)"
+        raise UserError(
+            f"{bundle.path}: its weights take {needed / 1e9:.1f} GB as {dtype}, and {device} has "
+            f"{free / 1e9:.1f} of its {total / 1e9:.1f} GB free; {advice}{smaller}, or free memory"
+        )

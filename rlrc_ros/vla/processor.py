@@ -46,17 +46,21 @@ class Processor:
         self._unknown = tokenizer.token_to_id("<unk>") if tokenizer else None
         self._token_ids: dict[str, list[int]] = {}
 
-    def __call__(self, observation: Observation) -> Inputs:
+    def __call__(self, observation: Observation, as_bytes: bool = False) -> Inputs:
         """A batch of one.
+
+        as_bytes: leave the image (1, H, W, 3) uint8, for an engine that normalises it.
 
         Raises:
             UserError: a camera or the proprioception is missing or has the wrong shape, a value is
                 not finite, or the instruction is empty or has words the policy does not know.
         """
+        ids = torch.tensor([self.token_ids(observation.instruction)])
+        image = self._image(observation)[None]
         return Inputs(
-            torch.tensor([self.token_ids(observation.instruction)]),
+            ids,
             None,
-            self.pixel_values(self._image(observation)[None]),
+            torch.tensor(image) if as_bytes else self.pixel_values(image),
             self._proprioception(observation),
         )
 
