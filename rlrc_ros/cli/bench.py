@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=["auto", "eager", "unrolled", "graph"],
+        choices=["auto", "eager", "unrolled", "graph", "openvino"],
         help="run every policy with each of these (default auto)",
     )
     parser.add_argument(

@@ -54,7 +54,9 @@ class PolicyNode(LifecycleNode):
         self._frame = common.text(self, "base_frame", "base_link", "frame of the commands")
         self._given = common.texts(self, "policies", "bundles to load, each as label=directory")
         self._device = common.text(self, "device", "cpu", "where policies run, as torch names it")
-        self._engine = common.text(self, "engine", "auto", "auto, eager, unrolled or graph")
+        self._engine = common.text(
+            self, "engine", "auto", "auto, eager, unrolled, graph or openvino"
+        )
         threads = common.integer(self, "threads", 1, "threads of a policy on the CPU", 1, 64)
         self._blind = common.flag(self, "blind", False, "publish no hash that names a policy")
         self._gripper = Gripper(

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,11 @@ from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.engine import EagerEngine, Engine, UnrolledEngine
 from rlrc_ros.vla.graph_engine import GraphEngine
+from rlrc_ros.vla.openvino_engine import OpenVINOEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.processor import Observation, Processor
 
-EngineName = Literal["auto", "eager", "unrolled", "graph"]
+EngineName = Literal["auto", "eager", "unrolled", "graph", "openvino"]
 
 
 @dataclass
@@ -232,7 +234,7 @@ def load_policy(
         device: as torch names it.
         engine: `auto` takes `unrolled` on a CPU, else `graph`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
-            else bfloat16.
+            else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
             there are several and none is chosen, the policy loads and refuses to act.
 
@@ -250,19 +252,24 @@ def load_policy(
     on_cpu = target.type == "cpu"
     if engine == "auto":
         engine = "unrolled" if on_cpu else "graph"
-    if engine == "unrolled" and not on_cpu:
-        raise UserError("the unrolled engine runs on a CPU only; take engine 'graph' or 'eager'")
+    if engine in ("unrolled", "openvino") and not on_cpu:
+        raise UserError(f"the {engine} engine runs on a CPU only; take engine 'graph' or 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    build = _ENGINES[engine]
+    if engine == "openvino":  # which casts by itself, where it takes weights in float32
+        build = partial(OpenVINOEngine, precision="bf16" if kind == torch.bfloat16 else "f32")
+        kind = torch.float32
     _refuse_too_large(bundle, target, kind)
     model = load_model(bundle, target, kind)
     parameters = parameter_counts(model)  # before an engine takes the model apart
-    return Policy(bundle, _ENGINES[engine](model), parameters, target, kind)
+    return Policy(bundle, build(model), parameters, target, kind)
 
 
 _ENGINES: dict[str, Callable[[OpenVLA], Engine]] = {
     "eager": EagerEngine,
     "unrolled": UnrolledEngine,
     "graph": GraphEngine,
+    "openvino": OpenVINOEngine,
 }
 
 
