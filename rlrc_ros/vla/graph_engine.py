@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -149,7 +150,7 @@ class _Layer:
         ops.gemv(h, self._down, x, residual=True)
 
     def _times(self, x: Tensor, weight: Matrix) -> Tensor:
-        return F.linear(x, matrices.dense(weight, x.dtype, self._ops))
+        return matrices.times(x, weight, self._ops)
 
     def _plus(self, x: Tensor, y: Tensor, weight: Matrix) -> Tensor:
         return x.addmm_(y, matrices.dense(weight, x.dtype, self._ops).T)
@@ -227,7 +228,9 @@ class GraphEngine:
         self._on_gpu = self._device.type == "cuda"
         self._lengths = sorted(lengths) if self._on_gpu else []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Slots, Tensor]] = {}
-        self._streams = [torch.cuda.Stream() for _ in self._towers[1:]] if self._on_gpu else []
+        self._streams = (
+            [torch.cuda.Stream(self._device) for _ in self._towers[1:]] if self._on_gpu else []
+        )
         self._allocate(max(self._lengths, default=32))
         self.seconds_to_capture = 0.0
 
@@ -259,9 +262,10 @@ class GraphEngine:
         Returns the seconds it took.
         """
         start = time.perf_counter()
-        for length in reversed(self._lengths):
-            if length not in self._graphs:
-                self._capture(length)
+        with self._current_device():
+            for length in reversed(self._lengths):
+                if length not in self._graphs:
+                    self._capture(length)
         self.seconds_to_capture += time.perf_counter() - start
         return time.perf_counter() - start
 
@@ -277,6 +281,14 @@ class GraphEngine:
         """
         if len(inputs) != 1 or inputs.pixel_values.dtype != torch.uint8:
             raise ValueError("the graph engine takes one observation at a time, its image in bytes")
+        with self._current_device():
+            *bins, finite = self._run(inputs).tolist()
+        if not finite:
+            raise UserError("the policy's state is not finite; its weights or inputs are broken")
+        return torch.tensor([bins])
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        """By the smallest graph that has room; without one where none has."""
         length = inputs.input_ids.shape[1]
         fitting = [number for number in self._lengths if number >= length]
         if fitting:
@@ -285,21 +297,17 @@ class GraphEngine:
             graph, slots, out = self._graphs[fitting[0]]
             self._fill(slots, inputs)
             graph.replay()
-        else:
-            if self._lengths:
-                log.warning(
-                    "a prompt of %d tokens is longer than any that was prepared for (%d): this "
-                    "action takes longer",
-                    length,
-                    self._lengths[-1],
-                )
-            slots = self._slots(length)
-            self._fill(slots, inputs)
-            out = self._beyond(slots, length)
-        *bins, finite = out.tolist()
-        if not finite:
-            raise UserError("the policy's state is not finite; its weights or inputs are broken")
-        return torch.tensor([bins])
+            return out
+        if self._lengths:
+            log.warning(
+                "a prompt of %d tokens is longer than any that was prepared for (%d): this action "
+                "takes longer",
+                length,
+                self._lengths[-1],
+            )
+        slots = self._slots(length)
+        self._fill(slots, inputs)
+        return self._beyond(slots, length)
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part."""
@@ -335,11 +343,15 @@ class GraphEngine:
     def _ready(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._on_gpu else tensor
 
+    def _current_device(self) -> AbstractContextManager[Any]:
+        """Triton and graphs use whichever GPU is current."""
+        return torch.cuda.device(self._device) if self._on_gpu else nullcontext()
+
     def _capture(self, length: int) -> None:
         slots = self._slots(length)
         slots.last.fill_(length + self._context - 1)
         with torch.inference_mode():
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream(self._device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # kernels are compiled, libraries get ready

@@ -161,7 +161,6 @@ def _decode_attention_kernel(
     size = 2 * HALF
     cos = tl.load(cos_ptr + position * size + d).to(tl.float32)
     sin = tl.load(sin_ptr + position * size + d).to(tl.float32)
-    kind = key_ptr.dtype.element_ty
 
     a = tl.load(qkv_ptr + head * size + d).to(tl.float32)
     b = tl.load(qkv_ptr + head * size + HALF + d).to(tl.float32)
@@ -169,8 +168,8 @@ def _decode_attention_kernel(
     q2 = (b * cos + a * sin) * scale
     a = tl.load(qkv_ptr + (heads + kv) * size + d).to(tl.float32)
     b = tl.load(qkv_ptr + (heads + kv) * size + HALF + d).to(tl.float32)
-    k1 = (a * cos - b * sin).to(kind)
-    k2 = (b * cos + a * sin).to(kind)
+    k1 = (a * cos - b * sin).to(key_ptr.dtype.element_ty)
+    k2 = (b * cos + a * sin).to(key_ptr.dtype.element_ty)
     v1 = tl.load(qkv_ptr + (heads + kv_heads + kv) * size + d)
     v2 = tl.load(qkv_ptr + (heads + kv_heads + kv) * size + HALF + d)
     if head % group == 0:  # the others of the group have the same ones at hand
@@ -181,7 +180,7 @@ def _decode_attention_kernel(
         tl.store(value_ptr + place + HALF, v2)
 
     largest = tl.sum(q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32), 0)
-    weight = 1.0
+    weight = tl.exp(largest - largest)  # 1, of the type that the loop goes on with
     sum1 = v1.to(tl.float32)
     sum2 = v2.to(tl.float32)
     for start in range(0, position, BLOCK):
@@ -371,9 +370,8 @@ def _unpack_kernel(packed_ptr, scale_ptr, level_ptr, out_ptr, count, BLOCK: tl.c
     scale = tl.load(scale_ptr + byte // 32, mask=ok, other=0.0)
     high = tl.load(level_ptr + (packed >> 4)) * scale
     low = tl.load(level_ptr + (packed & 15)) * scale
-    kind = out_ptr.dtype.element_ty
-    tl.store(out_ptr + 2 * byte, high.to(kind), mask=ok)
-    tl.store(out_ptr + 2 * byte + 1, low.to(kind), mask=ok)
+    tl.store(out_ptr + 2 * byte, high.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + 2 * byte + 1, low.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def unpack(weight: Any, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ those must give.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from rlrc_ros.vla.quantization import bitsandbytes, is_quantized
 
 NF4_BLOCK = 64
+UNPACKED_ROWS = 8192
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -45,6 +47,18 @@ class Matrix:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def slices(self, rows: int) -> Iterator[Matrix]:
+        """The matrix in pieces of at most so many rows; they share its memory."""
+        total, columns = self.shape
+        for start in range(0, total, rows):
+            stop = min(start + rows, total)
+            if self.scales is None:
+                yield Matrix(self.data[start:stop], (stop - start, columns))
+                continue
+            data = self.data[start * columns // 2 : stop * columns // 2]
+            scales = self.scales[start * columns // NF4_BLOCK : stop * columns // NF4_BLOCK]
+            yield Matrix(data, (stop - start, columns), scales, self.levels)
 
 
 def held(linears: list[Any], dtype: torch.dtype) -> Matrix:
@@ -108,6 +122,14 @@ class Linear(nn.Module):
     def nbytes(self) -> int:
         """Bytes held."""
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def times(x: Tensor, weight: Matrix, operations: Any) -> Tensor:
+    """(T, K) -> (T, N); a large NF4 matrix is unpacked a piece at a time, for the memory's sake."""
+    if weight.scales is None or weight.shape[0] <= UNPACKED_ROWS:
+        return F.linear(x, dense(weight, x.dtype, operations))
+    pieces = weight.slices(UNPACKED_ROWS)
+    return torch.cat([F.linear(x, dense(piece, x.dtype, operations)) for piece in pieces], -1)
 
 
 def dense(weight: Matrix, dtype: torch.dtype, operations: Any) -> Tensor:

@@ -83,6 +83,18 @@ def test_packing_without_bitsandbytes_is_what_bitsandbytes_does():
     assert matrix.nbytes == 128 * 96 // 2 + 128 * 96 // 64 * 4
 
 
+@pytest.mark.parametrize("hold", [matrices.held, matrices.packed])
+def test_a_matrix_in_pieces_is_the_matrix(hold, monkeypatch):
+    layer, x = torch.nn.Linear(128, 100, bias=False), torch.randn(3, 128)
+    matrix = hold([layer], torch.float32)
+    whole = matrices.times(x, matrix, matrices)
+    pieces = [matrices.dense(m, torch.float32, matrices) for m in matrix.slices(33)]
+    assert [len(piece) for piece in pieces] == [33, 33, 33, 1]
+    torch.testing.assert_close(x @ torch.cat(pieces).T, whole)
+    monkeypatch.setattr(matrices, "UNPACKED_ROWS", 33)
+    torch.testing.assert_close(matrices.times(x, matrix, matrices), whole)
+
+
 def test_weights_are_counted_once_and_the_last_block_not_at_all():
     _, model = openvla()
     expected = {name: quantization.weight_bytes(part) for name, part in model.parts.items()}
