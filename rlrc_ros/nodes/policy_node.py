@@ -60,7 +60,9 @@ class PolicyNode(LifecycleNode):
         self._frame = common.text(self, "base_frame", "base_link", "frame of the commands")
         self._given = common.texts(self, "policies", "bundles to load, each as label=directory")
         self._device = common.text(self, "device", "cpu", "where policies run, as torch names it")
-        self._engine = common.text(self, "engine", "auto", "auto, eager or unrolled")
+        self._engine = common.text(
+            self, "engine", "auto", "auto, eager, unrolled, graph or openvino"
+        )
         self._replan_steps = common.integer(
             self, "replan_steps", 0, "actions of a chunk before looking again; 0: half", 0, 1000
         )
