@@ -22,6 +22,7 @@ VERBS = ("demo", "inspect", "compress", "sft", "prune", "rl", "quantize", "eval"
 EXTRAS = {
     "sim": {"mujoco", "gymnasium"},
     "train": {"training", "stable_baselines3", "torch_pruning", "tqdm"},
+    "lerobot": {"pyarrow"},
     "ros": {"rclpy", "sensor_msgs", "geometry_msgs", "std_srvs", "diagnostic_msgs"},
 }
 

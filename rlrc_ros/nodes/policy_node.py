@@ -68,6 +68,8 @@ class PolicyNode(LifecycleNode):
         self._done: Future[None] | None = None
         """Of the goal that was accepted; None: the next one may be."""
         self._problem = ""
+        self._looked: dict[str, int] = {}
+        """Stamps of the last look by source, until a command is sent that comes from it."""
         self._buffer = listen(self)
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.COMMAND_QOS)
@@ -304,6 +306,7 @@ class PolicyNode(LifecycleNode):
             snapshot = self._buffer.snapshot(policy.config, self._now_ns())
         except UserError as error:
             raise NotReady(str(error)) from None
+        self._looked = snapshot.stamps
         return snapshot.decode(policy.config, self._gripper, instruction), snapshot.oldest_ns
 
     def _send(self, action: NDArray[np.float64], stamp_ns: int, step: int) -> None:
@@ -311,7 +314,9 @@ class PolicyNode(LifecycleNode):
         assert episode is not None
         twist, gripper = action_to_twist(action, episode.policy.config.control_rate)
         self._last_gripper = gripper
-        self._publish_command(episode, twist, gripper, stamp_ns, step)
+        # Only the first command after a look was computed for the moment that it shows.
+        looked, self._looked = self._looked, {}
+        self._publish_command(episode, twist, gripper, stamp_ns, step, looked)
 
     def _command_stop(self, episode: Episode) -> None:
         """Command zero speed, the gripper as it was, if anything was commanded at all."""
@@ -326,6 +331,7 @@ class PolicyNode(LifecycleNode):
         gripper: float,
         stamp_ns: int,
         step: int,
+        looked: dict[str, int] | None = None,
     ) -> None:
         command = policy_command(
             twist,
@@ -336,6 +342,7 @@ class PolicyNode(LifecycleNode):
             policy_label=episode.label,
             episode_id=episode.episode_id,
             step=step,
+            observed=looked,
         )
         self._commands.publish(command)
 

@@ -55,7 +55,7 @@ class Processor:
         return Inputs(
             torch.tensor([self.token_ids(observation.instruction)]),
             None,
-            self.pixel_values(self._image(observation)[None]),
+            self.pixel_values(self.image(observation)[None]),
             self._proprioception(observation),
         )
 
@@ -137,7 +137,12 @@ class Processor:
             contract.std, device=x.device
         )
 
-    def _image(self, observation: Observation) -> NDArray[np.uint8]:
+    def image(self, observation: Observation) -> NDArray[np.uint8]:
+        """What the towers see: (H, W, 3) uint8 of their size.
+
+        Raises:
+            UserError: the camera is missing, or its picture is none.
+        """
         camera = self.config.cameras[0]
         image = observation.images.get(camera.name)
         if image is None:

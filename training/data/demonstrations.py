@@ -22,6 +22,8 @@ from safetensors.numpy import save_file
 
 from rlrc_ros.errors import UserError
 
+EPISODES_PER_SHARD = 32
+
 
 @dataclass
 class Episode:
@@ -121,9 +123,20 @@ def read(directory: Path) -> Demonstrations:
 
 
 def join(parts: Sequence[Demonstrations]) -> Demonstrations:
-    """Several sets of demonstrations as one."""
+    """Several sets of demonstrations as one.
+
+    Raises:
+        UserError: their images, proprioception or actions are not of one shape.
+    """
     if len(parts) == 1:
         return parts[0]
+    for name in ("images", "proprioception", "actions"):
+        if len(shapes := {getattr(part, name).shape[1:] for part in parts}) > 1:
+            raise UserError(
+                f"the demonstrations do not go together: {name} of shapes "
+                f"{', '.join(map(str, sorted(shapes)))}; export rollouts for the policy that was "
+                "trained on the others"
+            )
     instructions = sorted({text for part in parts for text in part.instructions})
     numbers = {text: i for i, text in enumerate(instructions)}
     prompts = [
@@ -133,11 +146,18 @@ def join(parts: Sequence[Demonstrations]) -> Demonstrations:
         images=np.concatenate([part.images for part in parts]),
         proprioception=np.concatenate([part.proprioception for part in parts]),
         actions=np.concatenate([part.actions for part in parts]),
-        grounding=np.concatenate([part.grounding for part in parts]),
+        grounding=_joined_grounding([part.grounding for part in parts]),
         prompts=np.concatenate(prompts),
         instructions=instructions,
         episodes=[facts for part in parts for facts in part.episodes],
     )
+
+
+def _joined_grounding(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Some know more of it than others, as a recording of a real arm knows nothing."""
+    width = max(part.shape[1] for part in parts)
+    wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=np.nan) for p in parts]
+    return np.concatenate(wide)
 
 
 class _Shard(NamedTuple):
