@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,10 @@ from rlrc_ros.messages.stamps import to_stamp
 from rlrc_ros.nodes import common
 from rlrc_ros.nodes.recorder_client import RecorderClient
 from rlrc_ros.nodes.sensors import listen
+from rlrc_ros.rollouts.episode import LONGEST_EPISODE
+from rlrc_ros.trials.seal import sealed_policies
 from rlrc_ros.vla import Observation, Policy, load_policy
 
-LONGEST_EPISODE = 3600.0
-"""s."""
 FAREWELL_TIME = 3.0
 """s that an episode cut off by SIGINT or SIGTERM may take to close its bag and give its result."""
 
@@ -56,7 +57,9 @@ class PolicyNode(LifecycleNode):
         self._device = common.text(self, "device", "cpu", "where policies run, as torch names it")
         self._engine = common.text(self, "engine", "auto", "auto, eager or unrolled")
         threads = common.integer(self, "threads", 1, "threads of a policy on the CPU", 1, 64)
-        self._blind = common.flag(self, "blind", False, "publish no hash that names a policy")
+        self._blind = common.flag(self, "blind", False, "publish nothing that tells policies apart")
+        self._sealed = common.text(self, "sealed", "", "policies of a blinded trial, a sealed file")
+        self._blind = self._blind or bool(self._sealed)
         self._gripper = Gripper(
             joint=common.text(self, "gripper_joint", "finger_joint", "tells the gripper's opening"),
             closed=common.number(self, "gripper_closed", 0.0, "its position closed", -10.0, 10.0),
@@ -110,9 +113,11 @@ class PolicyNode(LifecycleNode):
                     raise UserError(f"parameter policies: '{text}' is not label=directory")
                 began = time.monotonic()
                 policy = self._store.add(label, path)
-                self.get_logger().info(
-                    f"{label}: {policy.hash[:12]}, ready in {time.monotonic() - began:.1f} s"
-                )
+                if not self._blind:
+                    self.get_logger().info(
+                        f"{label}: {policy.hash[:12]}, ready in {time.monotonic() - began:.1f} s"
+                    )
+            self._load_sealed()
         except UserError as error:
             self._store.clear()
             self._problem = str(error)
@@ -159,6 +164,16 @@ class PolicyNode(LifecycleNode):
         if self._episode is not None and not self._episode.ended:
             self._episode.end(reason, message)
             self._command_stop(self._episode)
+
+    def _load_sealed(self) -> None:
+        """Load those of a blinded trial: a label for every step, each bundle once."""
+        loaded: dict[str, Policy] = {}
+        sealed = sealed_policies(Path(self._sealed)) if self._sealed else {}
+        for label, planned in sealed.items():
+            policy = loaded.get(planned.policy) or self._store.add(label, planned.policy)
+            if policy.hash != planned.hash:
+                raise UserError("a bundle has changed since the trial was planned; restore it")
+            loaded[planned.policy] = self._store.resident[label] = policy
 
     def _is_active(self) -> bool:
         return self._state_machine.current_state[1] == "active"
@@ -219,10 +234,10 @@ class PolicyNode(LifecycleNode):
             handle.succeed()
         else:
             handle.abort()
-        self.get_logger().info(
-            f"{result.episode_id}: {result.termination_reason} {result.message} "
-            f"({result.steps} steps, p50 {result.latency_ms_p50:.1f} ms)"
-        )
+        told = f"{result.episode_id}: {result.termination_reason}"
+        if not self._blind:
+            told += f" {result.message} ({result.steps} steps, p50 {result.latency_ms_p50:.1f} ms)"
+        self.get_logger().info(told)
         return result
 
     async def _carry_out(self, handle: Any, result: RunEpisode.Result) -> None:
@@ -286,8 +301,8 @@ class PolicyNode(LifecycleNode):
             handle.publish_feedback(
                 RunEpisode.Feedback(
                     step=statistics.steps,
-                    rate=statistics.rate(),
-                    observation_age=statistics.observation_age,
+                    rate=0.0 if self._blind else statistics.rate(),
+                    observation_age=0.0 if self._blind else statistics.observation_age,
                 )
             )
             if episode.ended and not episode.busy and not done.done():
@@ -360,7 +375,7 @@ class PolicyNode(LifecycleNode):
             episode_id=episode.episode_id,
             instruction=episode.instruction,
             policy_label=episode.label,
-            bundle_hash=episode.policy.hash,
+            bundle_hash=self._hash(episode.policy),
         )
         return await self._recorder.start(request)
 
@@ -373,6 +388,8 @@ class PolicyNode(LifecycleNode):
         try:
             if self._done is not None:
                 raise UserError("an episode is running; policies are swapped between episodes")
+            if request.policy and self._sealed:
+                raise UserError("a blinded trial loads only its own policies; start the node anew")
             if request.policy:
                 name = request.label or request.policy.rstrip("/").rpartition("/")[2]
                 policy = self._store.add(name, request.policy)
@@ -395,8 +412,8 @@ class PolicyNode(LifecycleNode):
                 bundle_hash=self._hash(policy),
                 loaded=True,
                 active=label == self._store.active,
-                parameters=policy.parameters["total"],
-                weight_bytes=policy.weight_bytes()["total"],
+                parameters=0 if self._blind else policy.parameters["total"],
+                weight_bytes=0 if self._blind else policy.weight_bytes()["total"],
                 control_rate=policy.config.control_rate,
             )
             for label, policy in self._store.resident.items()
@@ -413,10 +430,14 @@ class PolicyNode(LifecycleNode):
         message = self._problem or ("ready" if active else "not active")
         if self._problem:
             level = DiagnosticStatus.ERROR
-        values: dict[str, object] = {"policies": ", ".join(self._store.resident)}
+        resident = self._store.resident
+        values: dict[str, object] = {
+            "policies": len(resident) if self._sealed else ", ".join(resident)
+        }
         if self._episode is not None:
-            statistics = self._episode.statistics
             message = f"running {self._episode.episode_id}"
+        if self._episode is not None and not self._blind:
+            statistics = self._episode.statistics
             values |= {"steps": statistics.steps, "deadline misses": statistics.deadline_misses}
             values |= {"skipped steps": statistics.skipped_steps}
             if statistics.skip_reason:
@@ -428,11 +449,12 @@ class PolicyNode(LifecycleNode):
         status.header.stamp = self.get_clock().now().to_msg()
         episode = self._episode
         if episode is not None:
-            statistics = episode.statistics
             status.state, status.policy_label = "running", episode.label
-            status.bundle_hash = self._hash(episode.policy)
             status.episode_id, status.instruction = episode.episode_id, episode.instruction
-            status.step = statistics.steps
+            status.step = episode.statistics.steps
+        if episode is not None and not self._blind:
+            statistics = episode.statistics
+            status.bundle_hash = episode.policy.hash
             status.observation_age = statistics.observation_age
             status.preprocess_ms = statistics.last_ms.get("preprocess", 0.0)
             status.inference_ms = statistics.last_ms.get("inference", 0.0)
