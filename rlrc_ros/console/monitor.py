@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import rclpy
+from rclpy.client import Client
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rlrc.msg import GuardStatus
@@ -23,6 +24,7 @@ from rlrc_ros.messages.image import image_to_rgb
 from rlrc_ros.nodes import common
 from rlrc_ros.profile import RobotProfile
 
+FREE, ABSENT = "free", "absent"
 SILENCE = 1.0
 """s without a status after which the guard counts as gone; it tells ten times a second."""
 ANSWER_TIME = 5.0
@@ -52,7 +54,7 @@ class RobotMonitor:
 
     Args:
         profile: the robot.
-        on_change: called, from that thread, when the guard's state has changed.
+        on_change: called, from that thread, when the arm is stopped or freed.
     """
 
     def __init__(self, profile: RobotProfile, on_change: Callable[[], None]) -> None:
@@ -71,7 +73,8 @@ class RobotMonitor:
             self._node.create_subscription(kind, camera.topic, keep, common.SENSOR_QOS)
         self._node.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)
         self._emergency = self._node.create_publisher(Bool, "emergency_stop", 10)
-        self._release = self._node.create_client(Trigger, "command_guard/release")
+        release: Client[Any, Any] = self._node.create_client(Trigger, "command_guard/release")
+        self._release = release
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
         self._thread = threading.Thread(target=self._executor.spin, name="monitor", daemon=True)
@@ -85,11 +88,16 @@ class RobotMonitor:
         self._context.try_shutdown()
 
     def guard(self) -> dict[str, str]:
-        """`state` and `reason` of the command guard; state "absent" where it has fallen silent."""
+        """`state`: free, stopped or absent, and `reason`.
+
+        No more: how often a policy keeps the guard waiting would tell a fast one from a slow one.
+        """
         came = self._guard
         if came is None or time.monotonic() - came[0] > SILENCE:
-            return {"state": "absent", "reason": "the command guard is silent"}
-        return {"state": came[1].state, "reason": came[1].reason}
+            return {"state": ABSENT, "reason": "the command guard is silent"}
+        if came[1].state == STOPPED:
+            return {"state": STOPPED, "reason": came[1].reason}
+        return {"state": FREE, "reason": ""}
 
     def emergency_stop(self) -> None:
         """Have the guard command zero at once and stay so until released.
@@ -115,12 +123,9 @@ class RobotMonitor:
         deadline = time.monotonic() + ANSWER_TIME
         refusal = "the command guard did not answer"
         while time.monotonic() < deadline:
-            answered = threading.Event()
-            future = self._release.call_async(Trigger.Request())
-            future.add_done_callback(lambda _, answered=answered: answered.set())
-            if not answered.wait(deadline - time.monotonic()):
+            response = self._answer(self._release.call_async(Trigger.Request()), deadline)
+            if response is None:
                 break
-            response = future.result()
             if response.success:
                 return
             refusal = response.message
@@ -128,6 +133,13 @@ class RobotMonitor:
                 break
             time.sleep(0.02)  # the service was faster than the topic
         raise UserError(f"not released: {refusal}")
+
+    @staticmethod
+    def _answer(future: Any, deadline: float) -> Any | None:
+        """The future's result, once the node's thread has it; None where it does not come."""
+        answered = threading.Event()
+        future.add_done_callback(lambda _: answered.set())
+        return future.result() if answered.wait(deadline - time.monotonic()) else None
 
     def picture(self, camera: str, after: int = -1) -> Picture | None:
         """The latest picture of a camera; None where there is none but number `after`.
@@ -151,8 +163,9 @@ class RobotMonitor:
         self._came[camera] = _Came(number, time.monotonic(), message)
 
     def _on_guard(self, status: GuardStatus) -> None:
-        before, self._guard = self._guard, (time.monotonic(), status)
-        if before is None or (before[1].state, before[1].reason) != (status.state, status.reason):
+        before = self.guard()
+        self._guard = (time.monotonic(), status)
+        if before != self.guard():
             self._on_change()
 
 

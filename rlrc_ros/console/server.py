@@ -22,10 +22,9 @@ from typing import Any
 
 from aiohttp import WSMsgType, web
 
-from rlrc_ros.console.monitor import RobotMonitor
+from rlrc_ros.console.monitor import FREE, RobotMonitor
 from rlrc_ros.console.trials import TrialRunner, view
 from rlrc_ros.errors import UserError
-from rlrc_ros.guard import STOPPED
 from rlrc_ros.trials.session import TrialSession
 
 STATIC = Path(__file__).with_name("static")
@@ -39,7 +38,7 @@ _LONGEST_REQUEST = 16_384
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -87,6 +86,7 @@ class ConsoleServer:
         monitor: cameras and guard.
         pages: shared with what calls `changed`.
         token: asked of everybody; empty: of nobody, on loopback only.
+        operator: who labels where a page names nobody.
     """
 
     def __init__(
@@ -96,9 +96,10 @@ class ConsoleServer:
         monitor: RobotMonitor,
         pages: Pages,
         token: str = "",
+        operator: str = "",
     ) -> None:
         self._session, self._runner, self._monitor = session, runner, monitor
-        self._pages, self._token = pages, token
+        self._pages, self._token, self._operator = pages, token, operator
 
     def application(self) -> web.Application:
         """The web application."""
@@ -194,7 +195,8 @@ class ConsoleServer:
 
     def _view(self) -> dict[str, Any]:
         told = view(self._session, self._runner)
-        return told | {"guard": self._monitor.guard(), "cameras": self._monitor.cameras}
+        told |= {"guard": self._monitor.guard(), "cameras": self._monitor.cameras}
+        return told | {"operator": self._operator}
 
     async def _live(self, request: web.Request) -> web.WebSocketResponse:
         """States as JSON, pictures as bytes: camera's number, its age in s (float32), JPEG."""
@@ -216,7 +218,7 @@ class ConsoleServer:
 
     async def _push(self, socket: web.WebSocketResponse, wake: asyncio.Event) -> None:
         version, told_at = -1, 0.0
-        shown = {camera: (-1, 0.0) for camera in self._monitor.cameras}
+        shown = dict.fromkeys(self._monitor.cameras, (-1, 0.0))
         while self._pages.loop is not None:
             now = time.monotonic()
             if version != self._pages.version or now - told_at >= HEARTBEAT:
@@ -260,8 +262,8 @@ class ConsoleServer:
 
     def _start(self, asked: dict[str, Any]) -> None:
         guard = self._monitor.guard()
-        if guard["state"] in (STOPPED, "absent"):
-            raise UserError(f"the arm is not free: {guard['reason'] or guard['state']}")
+        if guard["state"] != FREE:
+            raise UserError(f"the arm is not free: {guard['reason']}")
         self._runner.start(_number(asked, "trial"))
 
     def _stop(self, asked: dict[str, Any]) -> None:

@@ -31,12 +31,19 @@ class TrialRunner:
         session: the trial; labelled from other threads meanwhile.
         alive: raises UserError when a node has died.
         on_change: called, from any thread, when something has changed.
+        simulated: whether the arm is.
     """
 
     def __init__(
-        self, session: TrialSession, alive: Callable[[], None], on_change: Callable[[], None]
+        self,
+        session: TrialSession,
+        alive: Callable[[], None],
+        on_change: Callable[[], None],
+        *,
+        simulated: bool,
     ) -> None:
         self._session, self._alive, self._on_change = session, alive, on_change
+        self._simulated = simulated
         self._lock = threading.Lock()
         self._asked = threading.Event()
         self._stop, self._finish, self._closing = (threading.Event() for _ in range(3))
@@ -110,7 +117,7 @@ class TrialRunner:
         while not self._closing.is_set():
             try:
                 with RobotClient() as robot:
-                    robot.wait_until_ready(self._alive)
+                    robot.wait_until_ready(self._alive, simulated=self._simulated)
                     self._set(ready=True, problem="")
                     while not self._closing.is_set():
                         self._asked.wait()
@@ -176,8 +183,8 @@ def view(session: TrialSession, runner: TrialRunner) -> dict[str, Any]:
 
 def _trial(trial: Trial) -> dict[str, Any]:
     told = asdict(trial)
-    names = ("number", "task", "instruction", "termination_reason", "message", "duration")
-    names += ("judged", "labels", "excluded", "started")
+    names = ["number", "task", "instruction", "termination_reason", "message", "duration"]
+    names += ["judged", "labels", "excluded"]
     score = trial.labels[-1].score if trial.labels else None
     running = not trial.termination_reason
     return {name: told[name] for name in names} | {

@@ -29,7 +29,7 @@ const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 // Posts until the server answers where `again` is set: what stops or labels may be sent twice.
 // What moves the arm is sent once, and never later than the user asked for it.
-async function ask(what, body, again) {
+async function ask(what, body, again, lost = "No answer from the console's server; sending it again …") {
   sending.add(what);
   render();
   try {
@@ -46,8 +46,8 @@ async function ask(what, body, again) {
         if (response.status === 409) return JSON.parse(text).error;
         return text || `the server answered ${response.status}`;
       } catch (error) {
-        if (!again) return "no answer from the console's server: nothing was started";
-        if (attempt === 1) say("No answer from the console's server; sending it again …");
+        if (!again) return "No answer from the console's server: see what happened before you do it again";
+        if (attempt === 1) say(lost);
         await pause(500);
       }
     }
@@ -91,8 +91,9 @@ function measure(name, trial, event) {
 }
 
 async function emergency() {
-  const problem = await ask("emergency_stop", {}, true);
-  if (problem) say(`EMERGENCY STOP FAILED, use the robot's own button: ${problem}`);
+  const button = "use the robot's own button";
+  const problem = await ask("emergency_stop", {}, true, `EMERGENCY STOP NOT CONFIRMED: ${button}!`);
+  say(problem && `EMERGENCY STOP FAILED, ${button}: ${problem}`);
 }
 
 // --- what the server says ---------------------------------------------------------------------
@@ -203,7 +204,7 @@ function renderConnection() {
   $("start").disabled = !on || !view || !view.ready || sending.size > 0 || !free();
 }
 
-const free = () => !["stopped", "absent"].includes(view.guard.state);
+const free = () => view.guard.state === "free";
 
 const PHASES = {
   ready: "Next", starting: "Setting up", running: "Running", stopped: "How did it go?",
@@ -239,6 +240,7 @@ function render() {
   document.title = `${PHASES[state]} – ${view.name}`;
   $("name").textContent = view.name;
   $("trial-id").textContent = view.trial_id;
+  $("operator").placeholder = view.operator || "your name";
   $("bar").style.width = `${(100 * progress.done) / Math.max(1, progress.steps)}%`;
   const left = progress.seconds_left ? `, about ${duration(progress.seconds_left)} left` : "";
   const apart = [[progress.excluded, "excluded"], [progress.interrupted, "interrupted"]]
@@ -264,7 +266,8 @@ function render() {
   let ended = "";
   if (state === "stopped") {
     const judged = trial.judged ? ` The simulator judges: ${trial.judged}.` : "";
-    ended = `It ${REASONS[trial.termination_reason] || trial.termination_reason} after ${trial.duration.toFixed(1)} s.${judged} ${trial.message}`;
+    ended = `It ${REASONS[trial.termination_reason] || trial.termination_reason} after ${trial.duration.toFixed(1)} s.${judged}`;
+    if (trial.message && trial.termination_reason !== "timeout") ended += ` (${trial.message})`;
   }
   $("ended").textContent = ended;
   renderClock();
@@ -285,7 +288,7 @@ function renderClock() {
 
 function renderGuard() {
   const { state, reason } = view.guard;
-  $("guard").textContent = `arm: ${state}${reason && reason !== state ? `, ${reason}` : ""}`;
+  $("guard").textContent = `arm: ${state}${reason ? `, ${reason}` : ""}`;
   $("guard").classList.toggle("bad", !free());
   $("release").hidden = state !== "stopped";
 }
