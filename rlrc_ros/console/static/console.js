@@ -166,7 +166,8 @@ function markAge(figure) {
 
 function renderReference() {
   const url = view.step && view.step.reference;
-  $("overlay").hidden = !url || view.state === "running";
+  const setting = url && view.state === "ready"; // at any other time it would hide what happens
+  $("overlay").hidden = !setting;
   const select = $("overlay-camera");
   if (select.children.length !== view.cameras.length) {
     select.replaceChildren(...view.cameras.map((name, place) => new Option(name, place)));
@@ -174,7 +175,7 @@ function renderReference() {
   select.hidden = view.cameras.length < 2;
   view.cameras.forEach((_, place) => {
     const image = figureOf(place).querySelector("img");
-    const shown = url && view.state !== "running" && place === Number(select.value || 0);
+    const shown = setting && place === Number(select.value || 0);
     if (url && image.dataset.url !== url) { image.dataset.url = url; image.src = url; }
     image.hidden = !shown;
     const difference = $("difference").checked;
