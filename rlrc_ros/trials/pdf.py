@@ -14,6 +14,7 @@ from fpdf import FPDF
 from fpdf.enums import TableBordersLayout
 from fpdf.fonts import FontFace
 
+from rlrc_ros.trials.plots import WIDTH
 from rlrc_ros.trials.report import Report, content
 
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -57,9 +58,9 @@ class _Paper(FPDF):
         self.multi_cell(0, size * 0.5, text, align="L", new_x="LMARGIN", new_y="NEXT")
         self.ln(1.2)
 
-    def heading(self, text: str) -> None:
-        """A section's heading, with room for what follows it."""
-        if self.will_page_break(40):
+    def heading(self, text: str, room: float = 40) -> None:
+        """A section's heading, with so many mm of room for what follows it."""
+        if self.will_page_break(room):
             self.add_page()
         self.ln(3)
         self.words(text, 12, bold=True)
@@ -123,6 +124,7 @@ def _verdict(paper: _Paper, page: dict[str, Any]) -> None:
     paper.set_x(16)
     paper.set_fill_color(*_COLOURS.get(kind, (119, 119, 119)))
     paper.rect(16, top, 1.4, paper.get_y() - top, style="F")
+    paper.set_fill_color(255)
     paper.ln(2)
 
 
@@ -152,13 +154,13 @@ def _results(paper: _Paper, page: dict[str, Any]) -> None:
 
 
 def _pictures(paper: _Paper, page: dict[str, Any]) -> None:
-    paper.heading("Plots")
+    paper.heading("Plots", room=90)
     for plot in page["plots"]:
         _plot(paper, plot)
     if page["frames"]:
         rows = page["frames"]
         width = paper.epw / len(page["times"])
-        paper.heading(f"Frames of pair {page['pair']} at equal time intervals")
+        paper.heading(f"Frames of pair {page['pair']} at equal time intervals", room=90)
         for row in rows:
             if paper.will_page_break(width + 14):
                 paper.add_page()
@@ -177,8 +179,8 @@ def _pictures(paper: _Paper, page: dict[str, Any]) -> None:
 
 
 def _plot(paper: _Paper, plot: Any) -> None:
-    width = 0.7 * paper.epw
-    if paper.will_page_break(width * plot.height / 5.2 + 8):
+    width = 0.6 * paper.epw
+    if paper.will_page_break(width * plot.height / WIDTH + 8):
         paper.add_page()
     paper.words(plot.title, 9.5, bold=True)
     paper.image(io.BytesIO(plot.png()), w=width, alt_text=plot.alt)

@@ -25,7 +25,7 @@ PARTS = ("vision", "projector", "llm")
 _ARM_COLOURS = ("#0072B2", "#D55E00")
 _PART_COLOURS = ("#56B4E9", "#E69F00", "#009E73")
 _PART_HATCHES = ("", "//", "..")
-_WIDTH = 5.2  # inches; as wide as a column of the report, so that text keeps its size
+WIDTH = 5.2  # inches; as wide as a column of the report, so that text keeps its size
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -71,7 +71,7 @@ class Plot:
         buffer = io.BytesIO()
         with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure = Figure(figsize=(_WIDTH, self.height), layout="constrained")
+            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
             self.draw(figure)
             figure.savefig(buffer, dpi=150, **options)
         return buffer.getvalue()
