@@ -17,7 +17,10 @@ from typing import NoReturn
 from rlrc_ros.cli.output import reserved_stdout
 from rlrc_ros.errors import UserError
 
-VERBS = ("demo", "inspect", "compress", "sft", "prune", "rl", "quantize", "eval", "bench", "bag")
+VERBS = (
+    *("demo", "inspect", "compress", "sft", "prune", "rl", "quantize"),
+    *("eval", "bench", "bag", "trial"),
+)
 
 EXTRAS = {
     "sim": {"mujoco", "gymnasium"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
 import secrets
 import socket
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the nodes run already (ros2 launch rlrc trial.launch.py); without it, they are "
         "started here, which is for the simulated arm",
     )
-    parser.add_argument("--operator", default="", help="who runs the trial")
+    parser.add_argument("--operator", default=getpass.getuser(), help="who labels (default: you)")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Serve the page until interrupted."""
+    from rlrc_ros.cli.trial import open_session
     from rlrc_ros.console.server import is_loopback
     from rlrc_ros.profile import load_profile
 
@@ -51,21 +53,11 @@ def main(arguments: argparse.Namespace) -> int:
     listening = _listen(arguments.host, arguments.port)
     with contextlib.ExitStack() as stack:
         stack.enter_context(listening)
-        session = stack.enter_context(_open(arguments))
+        session = stack.enter_context(open_session(arguments))
         profile = load_profile(session.plan.robot)
         alive = _nodes(stack, session, profile, arguments.attach)
         _serve(session, profile, alive, listening, arguments, token)
     return 0
-
-
-def _open(arguments: argparse.Namespace) -> TrialSession:
-    from rlrc_ros.trials.plan import read_plan
-    from rlrc_ros.trials.session import TrialSession
-
-    directory, plan = arguments.directory, arguments.plan
-    if plan is None:
-        return TrialSession.open(directory, arguments.operator)
-    return TrialSession.create(directory, read_plan(plan), arguments.operator, plan.parent)
 
 
 def _nodes(

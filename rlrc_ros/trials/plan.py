@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -213,14 +214,20 @@ class Plan(_Terms):
         return tuple(self.arms)[1:]
 
     def schedule(self) -> list[tuple[Task, Start]]:
-        """Task and initial state of every pair, tasks mixed, in the order in which they are run."""
-        tasks = [self.tasks[pair % len(self.tasks)] for pair in range(self.pairs)]
-        random.Random(self.seed).shuffle(tasks)
-        used: Counter[str] = Counter()
-        pairs = []
-        for task in tasks:
-            pairs.append((task, task.starts[used[task.name] % len(task.starts)]))
-            used[task.name] += 1
+        """Task and initial state of every pair, in the order in which they are run.
+
+        Every start is used once before any is used again, the tasks in turn as long as they have
+        unused ones; then the pairs are shuffled.
+        """
+        most = max(len(task.starts) for task in self.tasks)
+        turns = [
+            (task, task.starts[i])
+            for i in range(most)
+            for task in self.tasks
+            if i < len(task.starts)
+        ]
+        pairs = list(itertools.islice(itertools.cycle(turns), self.pairs))
+        random.Random(self.seed).shuffle(pairs)
         return pairs
 
     def write(self, path: Path) -> None:

@@ -88,12 +88,12 @@ def decision_times(
     enough = math.log(2 / alpha)
     done = 0
     while done < n and going.size:
-        block = min(64, n - done)
+        block = 64  # whatever n is, so that the random numbers are the same
         outcomes = rng.choice(3, size=(_SIMULATED, block), p=[only_a, only_b, unlike])[going]
         worse = counts[going, :1] + np.cumsum(outcomes == 0, axis=1)
         better = counts[going, 1:] + np.cumsum(outcomes == 1, axis=1)
         looks = np.arange(done + 1, done + block + 1)
-        shown = log_capital(worse, better, looks, -margin) >= enough
+        shown = (log_capital(worse, better, looks, -margin) >= enough) & (looks <= n)
         first = np.where(shown.any(axis=1), shown.argmax(axis=1), block)
         times[going] = np.where(first < block, done + 1 + first, n + 1)
         counts[going] = np.stack([worse[:, -1], better[:, -1]], axis=1)
@@ -123,7 +123,7 @@ def pairs_needed(
         return power(n, margin, alpha, d, stopping=stopping) >= wanted
 
     high = fewest_pairs(margin, alpha)
-    while not enough(high):
+    while high > MOST_PAIRS or not enough(high):
         high *= 2
         if high > MOST_PAIRS:
             raise UserError(

@@ -10,11 +10,16 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
 from rlrc_ros.profile import RobotProfile
 from rlrc_ros.trials.session import LOGS, Trial, TrialSession
+from rlrc_ros.trials.state import SIMULATOR
+
+if TYPE_CHECKING:
+    from rlrc_ros.trials.client import RobotClient
 
 STOP_TIME = 10.0
 """s that a node may take to stop before it is killed."""
@@ -92,30 +97,53 @@ def _stop(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def run_simulated(
-    session: TrialSession, profile: RobotProfile, progress: Callable[[Trial], None]
-) -> None:
-    """Run what is left of a trial on the simulated arm, whose state judges every episode.
+@contextlib.contextmanager
+def running_robot(
+    session: TrialSession, profile: RobotProfile, *, attach: bool = False
+) -> Iterator[RobotClient]:
+    """The nodes of a trial, ready; their logs go to the trial's directory.
 
-    The nodes' logs go to the trial's directory.
-
-    Args:
-        session: the trial; afterwards it is complete.
-        profile: a simulated robot.
-        progress: called after every trial.
+    attach: use those that run already.
 
     Raises:
         UserError: a node does not start, dies, or does not answer.
     """
     from rlrc_ros.trials.client import RobotClient
-    from rlrc_ros.trials.runner import run_current, trial_nodes
+    from rlrc_ros.trials.runner import trial_nodes
 
-    specs = trial_nodes(session, profile)
-    with running_nodes(specs, session.directory / LOGS) as alive, RobotClient() as robot:
-        robot.wait_until_ready(alive)
-        while session.state in ("ready", "stopped"):
-            # A trial that has ended but has no label was left by a process that was killed.
-            ready = session.state == "ready"
-            trial = run_current(session, robot) if ready else session.trials[-1]
-            notes = "judged by the simulator's state"
-            progress(session.label(trial.number, trial.judged, notes=notes, operator="simulator"))
+    if attach:
+        with RobotClient() as robot:
+            robot.wait_until_ready(lambda: None, simulated=profile.simulated)
+            yield robot
+    else:
+        specs = trial_nodes(session, profile)
+        with running_nodes(specs, session.directory / LOGS) as alive, RobotClient() as robot:
+            robot.wait_until_ready(alive, simulated=profile.simulated)
+            yield robot
+
+
+def run_simulated(
+    session: TrialSession, profile: RobotProfile, progress: Callable[[Trial], None]
+) -> None:
+    """Start the nodes and run what is left of a trial on the simulated arm.
+
+    Raises:
+        UserError: a node does not start, dies, or does not answer.
+    """
+    with running_robot(session, profile) as robot:
+        run_rest(session, robot, progress)
+
+
+def run_rest(session: TrialSession, robot: RobotClient, progress: Callable[[Trial], None]) -> None:
+    """Run what is left of a trial; the simulated arm's state judges every episode.
+
+    progress: called after every trial.
+    """
+    from rlrc_ros.trials.runner import run_current
+
+    while session.state in ("ready", "stopped"):
+        # A trial that has ended but has no label was left by a process that was killed.
+        ready = session.state == "ready"
+        trial = run_current(session, robot) if ready else session.trials[-1]
+        notes = "judged by the simulator's state"
+        progress(session.label(trial.number, trial.judged, notes=notes, operator=SIMULATOR))

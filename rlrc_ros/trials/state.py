@@ -19,6 +19,8 @@ from rlrc_ros.trials.seal import policy_label, unseal
 State = Literal["ready", "running", "stopped", "complete", "unblinded"]
 BAGS = "bags"
 """The recordings' directory in a trial's."""
+SIMULATOR = "simulator"
+"""The operator of labels that come from a simulator's ground truth."""
 INTERRUPTED = "interrupted"
 """Termination reason of an episode during which the trial's process died."""
 
@@ -150,7 +152,7 @@ class TrialView:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.trial_id = ""
+        self.trial_id = self.opened = ""
         self.sealed_sha256 = ""
         self.trials: list[Trial] = []
         self.finished = ""
@@ -263,6 +265,7 @@ class TrialView:
 
     def _on_opened(self, event: Event) -> None:
         self.trial_id, self.sealed_sha256 = event["trial_id"], event["sealed_sha256"]
+        self.opened = event["time"]
 
     def _on_resumed(self, event: Event) -> None:
         pass  # for the audit trail

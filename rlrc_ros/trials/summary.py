@@ -92,7 +92,8 @@ class PairedComparison:
         mcnemar_p_worse: the same one-sided, against the candidate being worse.
         noninferiority_p: of the hypothesis that the candidate is worse by the margin or more,
             one-sided: compare with alpha / 2. Tango's score test, or the betting test.
-        verdict: noninferior, inferior or inconclusive at the margin.
+        verdict: noninferior, inferior or inconclusive at the margin; inconclusive too where the
+            reference never succeeded and the candidate is not better.
 
     """
 
@@ -304,6 +305,8 @@ def _compare(
         difference = anytime_difference(*outcomes, confidence=1 - alpha)
         p_value = anytime_p(only_reference, only_candidate, n, margin)
         verdict = decided(*outcomes, margin, alpha) or "inconclusive"
+    if verdict == "noninferior" and both + only_reference == 0 and difference.interval.low <= 0:
+        verdict = "inconclusive"  # to be no worse than what never succeeds means nothing
     return PairedComparison(
         pairs=n,
         both=both,
@@ -349,9 +352,6 @@ def _by_task(
             mcnemar_p=adjusted["mcnemar_p"][task],
             mcnemar_p_worse=adjusted["mcnemar_p_worse"][task],
             noninferiority_p=adjusted["noninferiority_p"][task],
-            verdict="noninferior"
-            if adjusted["noninferiority_p"][task] < alpha / 2
-            else comparison.verdict,
         )
         for task, comparison in found.items()
     }
