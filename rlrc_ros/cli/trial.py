@@ -179,7 +179,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _session(arguments: argparse.Namespace) -> TrialSession:
+def open_session(arguments: argparse.Namespace) -> TrialSession:
     """The trial, begun or resumed."""
     from rlrc_ros.trials.log import read_events
     from rlrc_ros.trials.plan import read_plan
