@@ -134,7 +134,7 @@ class Page:
         while not self.driver.execute_script(script):
             if time.monotonic() > deadline:
                 raise TimeoutError(condition)
-            time.sleep(0.02)
+            time.sleep(0.1)  # polling must not be what is measured
 
     def press(self, identity: str, key: str, mouse: bool) -> None:
         """A button, by mouse or by its key."""
