@@ -181,12 +181,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def open_session(arguments: argparse.Namespace) -> TrialSession:
     """The trial, begun or resumed."""
-    from rlrc_ros.trials.log import read_events
     from rlrc_ros.trials.plan import read_plan
-    from rlrc_ros.trials.session import LOG, TrialSession
+    from rlrc_ros.trials.session import TrialSession, is_begun
 
     directory, path = arguments.directory, arguments.plan
-    begun = (directory / LOG).is_file() and bool(read_events(directory / LOG))
+    begun = is_begun(directory)
     if not begun and path is None:
         raise UserError(f"{directory} holds no trial; begin one with --plan PLAN.yaml")
     if not begun:

@@ -20,13 +20,8 @@ def never() -> bool:
 
 def trial_nodes(session: TrialSession, profile: RobotProfile) -> list[bringup.NodeSpec]:
     """The nodes to start for a trial: its policies sealed, its bags in its directory."""
-    return sealed_nodes(session.directory, session.bags, profile)
-
-
-def sealed_nodes(directory: Path, bags: Path, profile: RobotProfile) -> list[bringup.NodeSpec]:
-    """The same for a trial that is not open here."""
-    sealed = str((directory / seal.FILE).resolve())
-    return bringup.nodes(profile, output_dir=str(bags.resolve()), sealed=sealed)
+    sealed = str((session.directory / seal.FILE).resolve())
+    return bringup.nodes(profile, output_dir=str(session.bags.resolve()), sealed=sealed)
 
 
 def run_current(

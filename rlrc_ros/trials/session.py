@@ -54,6 +54,15 @@ class Ended:
     measurements: Mapping[str, Any] = field(default_factory=dict)
 
 
+def is_begun(directory: Path) -> bool:
+    """Whether there is a trial in a directory.
+
+    Raises:
+        UserError: its log is damaged.
+    """
+    return (directory / LOG).is_file() and bool(read_events(directory / LOG))
+
+
 def read_trial(directory: Path) -> TrialView:
     """Where a trial stands, read without taking its lock.
 
@@ -132,13 +141,11 @@ class TrialSession:
             UserError: there is none, another process has it, a file of it is damaged or was
                 edited, or a bundle has changed.
         """
-        if not (directory / LOG).is_file():
+        if not is_begun(directory):
             raise UserError(f"{directory} holds no trial: begin one with a plan")
         lock = WriterLock(directory / LOCK)
         try:
             log = TrialLog(directory / LOG)
-            if not log.events:
-                raise UserError(f"{directory} holds no trial: begin one with a plan")
             session = cls(directory, operator, lock, log)
             if session.state != "unblinded":
                 session.plan.check_bundles()
