@@ -78,7 +78,7 @@ def distributions(modules):
         (["rlrc_ros"], ["sim", "ros", "lerobot"]),
         (["training"], ["sim", "train"]),
         (["scripts"], []),
-        (["tests"], ["sim", "train", "ros", "dev"]),
+        (["tests"], ["sim", "train", "ros", "dev", "lerobot"]),
         (
             [f"rlrc_ros/{place}" for place in ("vla", "trials", "rollouts", "cli", "messages")],
             ["ros", "lerobot"],
