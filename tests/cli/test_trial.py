@@ -139,6 +139,17 @@ def test_status_correct_unblind_and_report(rlrc, refused, trial):
     assert (trial / "report.pdf").read_bytes().startswith(b"%PDF-")
 
 
+def test_begin_draws_and_run_goes_on(rlrc, refused, draft, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    rlrc("trial", "plan", draft(), "--out", plan)
+    status, out, _ = rlrc("trial", "begin", tmp_path / "trial", "--plan", plan, "--json")
+    assert status == 0 and json.loads(out)["state"] == "ready"
+    assert (tmp_path / "trial" / "sealed.json").exists()
+    rlrc("trial", "plan", draft(margin=0.3), "--out", tmp_path / "other.yaml")
+    line = refused("trial", "begin", tmp_path / "trial", "--plan", tmp_path / "other.yaml")
+    assert "holds a trial of another plan" in line
+
+
 def test_a_second_process_is_told_who_has_the_trial(refused, trial):
     with TrialSession.open(trial):
         line = refused("trial", "correct", trial, "1", "failure", "--reason", "x")
