@@ -1,12 +1,13 @@
 """The nodes of a blinded trial: its policies sealed, its recordings in its directory.
 
-    ros2 launch rlrc trial.launch.py dir:=runs/trial plan:=plan.yaml
+    rlrc trial begin runs/trial --plan plan.yaml
+    ros2 launch rlrc trial.launch.py dir:=runs/trial
 
 then, beside it, the operator's side, as often as it takes:
 
     rlrc trial run runs/trial --attach
 
-Without `plan` the trial in the directory is resumed. `dry_run:=true` keeps the arm still.
+`dry_run:=true` keeps the arm still. When a node ends, all of them are stopped.
 """
 
 from pathlib import Path
@@ -19,8 +20,7 @@ from launch_ros.actions import Node
 from rlrc_ros import bringup
 from rlrc_ros.profile import load_profile
 from rlrc_ros.trials import seal
-from rlrc_ros.trials.plan import read_plan
-from rlrc_ros.trials.session import TrialSession, is_begun, read_trial
+from rlrc_ros.trials.session import read_trial
 from rlrc_ros.trials.state import BAGS
 
 
@@ -29,9 +29,6 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             DeclareLaunchArgument("dir", description="the trial's directory"),
-            DeclareLaunchArgument(
-                "plan", default_value="", description="the locked plan of a trial that is to begin"
-            ),
             DeclareLaunchArgument(
                 "dry_run",
                 default_value="false",
@@ -48,9 +45,6 @@ def _nodes(context: LaunchContext) -> list[Node]:
         return LaunchConfiguration(name).perform(context).strip()
 
     directory = Path(argument("dir")).expanduser().resolve()
-    if argument("plan") and not is_begun(directory):
-        path = Path(argument("plan")).expanduser()
-        TrialSession.create(directory, read_plan(path), images=path.parent).close()
     plan = read_trial(directory).plan
     specs = bringup.nodes(
         load_profile(plan.robot),

@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--out", type=Path, required=True, help="the plan's file")
     plan.add_argument("--pairs", type=int, help="instead of what the draft says")
 
+    begin = action("begin", "draw the order of the policies, before nodes are launched")
+    begin.add_argument("directory", type=Path, help="the trial's directory")
+    begin.add_argument("--plan", type=Path, required=True, help="the locked plan")
+    begin.add_argument("--operator", default=getpass.getuser(), help="who begins it")
+
     run = action("run", "begin a trial, or resume it")
     run.add_argument("directory", type=Path, help="the trial's directory")
     run.add_argument("--plan", type=Path, help="the locked plan, for a trial that is to begin")
@@ -72,6 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     return {
         "plan": _plan,
+        "begin": _begin,
         "run": _run,
         "console": trial_console.main,
         "status": _status,
@@ -157,6 +163,13 @@ def _promise(draft: Draft, plan: Plan) -> dict[str, Any]:
             "even when both arms end alike in every pair"
         )
     return {"lines": lines, "numbers": numbers}
+
+
+def _begin(arguments: argparse.Namespace) -> int:
+    with _session(arguments) as session:
+        text = f"{session.trial_id}, {session.state}: launch the nodes, then `rlrc trial run`"
+        emit(arguments, {"trial_id": session.trial_id, "state": session.state}, text)
+    return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:

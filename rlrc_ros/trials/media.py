@@ -98,16 +98,15 @@ def frame_strip(
 
     ends: outcome and duration in s by arm.
     """
+    if any(not one.frames for one in footage.values()):
+        return None
     times = np.linspace(0, max(duration for _, duration in ends.values()), STRIP_COLUMNS)
     episodes = {}
     for arm, one in footage.items():
         outcome, duration = ends[arm]
         kept = [t for t in times if t <= duration]
         frames = [one.frames[min(int(t * FRAME_RATE), len(one.frames) - 1)] for t in kept]
-        if one.frames and frames:
-            episodes[arm] = EpisodeFrames(frames, outcome, duration)
-    if len(episodes) < len(footage):
-        return None
+        episodes[arm] = EpisodeFrames(frames, outcome, duration)
     return FrameStrip([float(t) for t in times], episodes, pair=pair)
 
 

@@ -200,7 +200,8 @@ class Plan(_Terms):
     @property
     def sha256(self) -> str:
         """Hash of the content, whatever the file's layout."""
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+        # Not sorted: which arm is first says which is the reference.
+        content = json.dumps(dataclasses.asdict(self), allow_nan=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property

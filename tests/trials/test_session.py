@@ -382,6 +382,12 @@ def test_a_plan_a_seal_or_a_bundle_that_changed_is_refused(plan, bundles, tmp_pa
     (directory / "plan.yaml").write_text(text.replace("margin: 0.2", "margin: 0.3"))
     with pytest.raises(UserError, match="edited after it was locked"):
         TrialSession.open(directory)
+    lines = text.splitlines(keepends=True)
+    first = lines.index("  full:\n")
+    swapped = [*lines[:first], *lines[first + 3 : first + 6], *lines[first : first + 3]]
+    (directory / "plan.yaml").write_text("".join(swapped + lines[first + 6 :]))
+    with pytest.raises(UserError, match="edited after it was locked"):
+        TrialSession.open(directory)
     dataclasses.replace(plan, margin=0.3).write(directory / "plan.yaml")
     with pytest.raises(UserError, match="not the plan that this trial began with"):
         TrialSession.open(directory)

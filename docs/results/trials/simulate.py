@@ -39,7 +39,7 @@ def main() -> int:
     """Do it; 1 where a promise is not kept."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--trials", type=int, default=4000, help="simulated trials a row")
+    parser.add_argument("--trials", type=int, default=2000, help="simulated trials a row")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
@@ -90,7 +90,13 @@ def type_1_error(rng: np.random.Generator, trials: int) -> list[dict[str, Any]]:
     for margin, discordance in CASES:
         worse, better = paths(rng, trials, max(SIZES), discordance, -margin)
         looks = np.arange(1, max(SIZES) + 1)
-        capital = log_capital(worse, better, looks, -margin) >= math.log(2 / ALPHA)
+        capital = np.vstack(  # in blocks, for the memory it takes
+            [
+                log_capital(worse[i : i + 100], better[i : i + 100], looks, -margin)
+                >= math.log(2 / ALPHA)
+                for i in range(0, trials, 100)
+            ]
+        )
         peeked = np.zeros(trials, bool)
         at = {}
         for n in range(FIRST_LOOK, max(SIZES) + 1):
