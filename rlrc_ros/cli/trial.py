@@ -166,7 +166,7 @@ def _promise(draft: Draft, plan: Plan) -> dict[str, Any]:
 
 
 def _begin(arguments: argparse.Namespace) -> int:
-    with _session(arguments) as session:
+    with open_session(arguments) as session:
         text = f"{session.trial_id}, {session.state}: launch the nodes, then `rlrc trial run`"
         emit(arguments, {"trial_id": session.trial_id, "state": session.state}, text)
     return 0
