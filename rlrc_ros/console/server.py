@@ -12,10 +12,11 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import itertools
 import json
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ class Pages:
     loop: asyncio.AbstractEventLoop | None = None
     wakes: set[asyncio.Event] = field(default_factory=set)
     version: int = 0
+    _versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def changed(self) -> None:
         """Something has."""
-        self.version += 1
+        self.version = next(self._versions)
         if self.loop is not None and not self.loop.is_closed():
             with contextlib.suppress(RuntimeError):  # closed in between
                 self.loop.call_soon_threadsafe(self._wake)

@@ -117,7 +117,7 @@ class TrialRunner:
         while not self._closing.is_set():
             try:
                 with RobotClient() as robot:
-                    robot.wait_until_ready(self._alive, simulated=self._simulated)
+                    robot.wait_until_ready(self._still_wanted, simulated=self._simulated)
                     self._set(ready=True, problem="")
                     while not self._closing.is_set():
                         self._asked.wait()
@@ -128,6 +128,12 @@ class TrialRunner:
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 self._set(ready=False, problem=f"{kind}{error}")
                 self._closing.wait(_RETRY)
+
+    def _still_wanted(self) -> None:
+        """Asked in every wait: ends one for nodes that do not come. A trial ends by its stop."""
+        if self._closing.is_set() and not self.ready:
+            raise UserError("the console is closing")
+        self._alive()
 
     def _run_one(self, robot: RobotClient) -> None:
         try:
