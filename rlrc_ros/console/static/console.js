@@ -119,6 +119,7 @@ setInterval(() => {
   if (socket && !live() && socket.readyState === WebSocket.OPEN) { socket.close(); socket = null; connect(); }
   for (const figure of document.querySelectorAll("figure")) markAge(figure);
   renderClock();
+  renderGuard();
   renderConnection();
 }, 250);
 
@@ -288,9 +289,10 @@ function renderClock() {
 }
 
 function renderGuard() {
-  const { state, reason } = view.guard;
+  if (!view) return;
+  const { state, reason } = live() ? view.guard : { state: "unknown", reason: "" };
   $("guard").textContent = `arm: ${state}${reason ? `, ${reason}` : ""}`;
-  $("guard").classList.toggle("bad", !free());
+  $("guard").classList.toggle("bad", state !== "free");
   $("release").hidden = state !== "stopped";
 }
 
