@@ -141,7 +141,12 @@ def exclusions(view: TrialView) -> dict[str, list[dict[str, Any]]]:
 
     def row(trial: Any) -> dict[str, Any]:
         arm = view.allocation[view.steps[trial.step].policy_label]
-        return {"trial": trial.number, "pair": trial.pair, "policy": arm, "begun": trial.started}
+        return {
+            "trial": trial.number,
+            "pair": trial.pair,
+            "policy": arm,
+            "begun": _time(trial.started),
+        }
 
     left_out = [
         {
@@ -161,7 +166,7 @@ def exclusions(view: TrialView) -> dict[str, list[dict[str, Any]]]:
             "to": label.outcome,
             "why": label.reason,
             "by": label.operator,
-            "corrected": label.time,
+            "corrected": _time(label.time),
         }
         for trial in view.trials
         for before, label in zip(trial.labels, trial.labels[1:], strict=False)
@@ -183,11 +188,16 @@ def failures(
             continue
         label = labels[record.episode_id]
         # What a simulator writes into every label tells no modes apart.
-        noted = "" if label.operator == SIMULATOR else label.notes
+        noted = "" if label.operator == SIMULATOR else label.notes or label.reason
         told = [record.outcome, record.termination_reason, noted or record.message]
         modes[": ".join(filter(None, told)), record.arm] += 1
     names = sorted({name for name, _ in modes}, key=lambda n: -sum(modes[n, a] for a in arms))
     return [{"how": name, **{arm: modes[name, arm] for arm in arms}} for name in names]
+
+
+def _time(stamp: str) -> str:
+    """An ISO 8601 time to the second; all are in UTC."""
+    return stamp[:19].replace("T", " ")
 
 
 def _shared_alpha(plan: Plan) -> str:

@@ -22,7 +22,7 @@ from rlrc_ros.trials.frames import EpisodeFrames, FrameStrip
 FRAME_RATE = 10.0
 """Frames per second that are kept of a recording, and of a clip."""
 LARGEST = 240
-"""Pixels of a kept frame's longer side."""
+"""Pixels of a kept frame's longer side, and of a clip's pictures."""
 STRIP_COLUMNS = 6
 _GAP, _BAR = 8, 22
 _BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
@@ -148,15 +148,14 @@ def _panel(
     arm: str, frame: np.ndarray, ended: bool, outcome: str, duration: float, k: int
 ) -> np.ndarray:
     """One episode's picture under a bar with its name, its time, and how it ended."""
-    width = max(frame.shape[1], 200)
-    bar = np.full((_BAR, width, 3), _BACKGROUND, np.uint8)
+    size = (LARGEST, round(frame.shape[0] * LARGEST / frame.shape[1]))
+    picture = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
+    bar = np.full((_BAR, LARGEST, 3), _BACKGROUND, np.uint8)
     time = min(k / FRAME_RATE, duration)
     told = f"{outcome} {duration:.1f} s" if ended else f"{time:.1f} s"
     _write(bar, arm[:16], 2, _INK)
-    _write(bar, told, 200 - 7 * len(told), _COLOURS.get(outcome, _INK) if ended else _INK)
-    picture = np.full((frame.shape[0], width, 3), _BACKGROUND, np.uint8)
-    picture[:, : frame.shape[1]] = frame // 2 + 127 if ended else frame
-    return np.vstack([bar, picture])
+    _write(bar, told, LARGEST - 8 * len(told), _COLOURS.get(outcome, _INK) if ended else _INK)
+    return np.vstack([bar, picture // 2 + 127 if ended else picture])
 
 
 def _write(image: np.ndarray, text: str, x: int, colour: tuple[int, int, int]) -> None:

@@ -141,7 +141,7 @@ def content(report: Report) -> dict[str, Any]:
 
 def _task_table(summary: Summary) -> _Table | None:
     """The comparison within each task; None where there is but one."""
-    columns = ["task", "pairs", *summary.arms, "difference (points)", "no worse: p", "any: p"]
+    columns = ["task", "pairs", *summary.arms, "difference (points)", "p, non-inferior", "p, any"]
     rows = []
     for task, c in summary.task_comparisons.items():
         successes = (c.both + c.only_reference, c.both + c.only_candidate)

@@ -111,9 +111,9 @@ def test_a_clip_shows_both_at_one_speed_and_how_each_ended(tmp_path):
         frames.append(frame)
     assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(FRAME_RATE)
     assert len(frames) == pytest.approx(4 * FRAME_RATE, abs=2)  # the longer one, and a second
-    left, right = frames[5][40, 20].astype(int), frames[5][40, 230].astype(int)
+    left, right = frames[5][60, 40].astype(int), frames[5][60, 330].astype(int)
     assert left[2] > 150 > left[0] and right[0] > 150 > right[2]
-    late = frames[25][40, 230].astype(int)
+    late = frames[25][60, 330].astype(int)
     assert late[2] > 90, "an episode that has ended is pale"
 
 
