@@ -78,6 +78,7 @@ def nodes(
     *,
     output_dir: str,
     policies: Mapping[str, str] | None = None,
+    sealed: str = "",
     record_topics: list[str] | None = None,
     dry_run: bool = False,
     device: str = "cpu",
@@ -89,6 +90,7 @@ def nodes(
         profile: the robot.
         output_dir: where recordings go.
         policies: bundles by label, instead of the profile's own.
+        sealed: file with the policies of a blinded trial, instead of either.
         record_topics: what to record; None: every topic.
         dry_run: the guard sends nothing to the controllers.
         device: where policies run, as torch names it.
@@ -96,6 +98,7 @@ def nodes(
     """
     joints, limits = profile.joint_states, profile.guard
     policies = profile.policies if policies is None else policies
+    blinded = {"sealed": sealed} if sealed else {}
     specs = []
     if profile.simulated:
         camera = next(iter(profile.cameras.values()))
@@ -152,7 +155,8 @@ def nodes(
             {
                 "base_frame": profile.base_frame,
                 "device": device,
-                "policies": [f"{label}={path}" for label, path in policies.items()],
+                "policies": [] if sealed else [f"{k}={path}" for k, path in policies.items()],
+                **blinded,
                 "cameras": [_camera(name, source) for name, source in profile.cameras.items()],
                 "joint_states_max_age": joints.max_age,
                 "max_skew": profile.max_skew,

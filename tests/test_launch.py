@@ -23,6 +23,8 @@ from launch_ros.actions import Node
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
 from rlrc_ros.profile import load_profile
+from rlrc_ros.trials.plan import Draft, DraftTask, lock
+from rlrc_ros.trials.session import TrialSession
 
 logging.setLoggerClass(logging.Logger)  # as in conftest.py
 
@@ -125,6 +127,25 @@ def test_every_argument_is_described(file):
     description = get_launch_description_from_python_launch_file(str(file))
     declared = description.get_launch_arguments()
     assert declared and all(len(argument.description) > 20 for argument in declared)
+
+
+def test_a_trials_nodes_get_its_sealed_policies_and_its_directory(make_bundle, tmp_path):
+    arms = {name: str(make_bundle(name).path) for name in ("a", "b")}
+    task = DraftTask(name="any", rubric="in place", first_seed=1)
+    draft = Draft(
+        name="test", robot="sim", margin=0.2, max_duration=5.0, arms=arms, tasks=(task,), pairs=2
+    )
+    TrialSession.create(tmp_path / "trial", lock(draft, tmp_path)).close()
+    nodes = {
+        name: parameters
+        for name, parameters, *_ in launched("trial.launch.py", dir=str(tmp_path / "trial"))
+    }
+    assert list(nodes) == NODES
+    assert nodes["policy_node"]["policies"] == []
+    assert nodes["policy_node"]["sealed"] == str(tmp_path / "trial" / "sealed.json")
+    assert nodes["recorder_node"]["output_dir"] == str(tmp_path / "trial" / "bags")
+    with pytest.raises(UserError, match="there is no such file"):
+        launched("trial.launch.py", dir=str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.processor import Processor
@@ -76,21 +78,35 @@ class DemonstrationBatches:
             self._taken.append(place)
 
     def add(self, data: Demonstrations) -> None:
-        """Add steps; joined on the device, where there is room and copying takes no time."""
+        """Add steps; joined on the device, where there is room and copying takes no time.
+
+        Raises:
+            UserError: their images, proprioception or actions have another shape than those before.
+        """
         for text in data.instructions:
             self._instructions.setdefault(text, len(self._instructions))
         numbers = np.array([self._instructions[text] for text in data.instructions])
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "images": data.images,
             "proprioception": data.proprioception,
             "bins": self._codec.encode(data.actions.astype(np.float64)),
             "grounding": data.grounding,
             "prompts": numbers[data.prompts],
         }
+        for name in ("images", "proprioception", "bins") if self._steps else ():
+            here, there = tuple(self._steps[name].shape[1:]), arrays[name].shape[1:]
+            if here != there:
+                raise UserError(
+                    f"the demonstrations do not go together: {name} of shapes {here} and {there}; "
+                    "export rollouts for the policy that was trained on the others"
+                )
         for name, array in arrays.items():
             new = torch.from_numpy(array).to(self._device)
-            old = self._steps.pop(name, None)
-            self._steps[name] = new if old is None else torch.cat([old, new])
+            old = self._steps.pop(name, new[:0])
+            if name == "grounding":  # a recording of a real arm knows nothing of it
+                width = max(old.shape[1], new.shape[1])
+                old, new = (F.pad(x, (0, width - x.shape[1]), value=math.nan) for x in (old, new))
+            self._steps[name] = torch.cat([old, new])
         ids, mask = self._processor.batch_token_ids(list(self._instructions))
         self._ids = ids.to(self._device)
         self._mask = None if mask is None else mask.to(self._device)

@@ -25,6 +25,7 @@ VERBS = (
 EXTRAS = {
     "sim": {"mujoco", "gymnasium"},
     "train": {"training", "stable_baselines3", "torch_pruning", "tqdm"},
+    "lerobot": {"pyarrow"},
     "ros": {"rclpy", "sensor_msgs", "geometry_msgs", "std_srvs", "diagnostic_msgs"},
 }
 

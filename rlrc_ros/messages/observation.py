@@ -17,6 +17,9 @@ from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.processor import Observation
 
+MAX_SKEW = 0.15
+"""s between the stamps of an observation's parts, where nothing else is asked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gripper:
@@ -50,12 +53,17 @@ class Snapshot:
     Attributes:
         images: messages by camera name.
         joint_state: the message, None where the policy takes no proprioception.
-        oldest_ns: the oldest stamp among them.
+        stamps: header stamps in ns since the epoch, by source.
     """
 
     images: dict[str, Any]
     joint_state: Any | None
-    oldest_ns: int
+    stamps: dict[str, int]
+
+    @property
+    def oldest_ns(self) -> int:
+        """The oldest stamp among them."""
+        return min(self.stamps.values())
 
     def decode(self, config: BundleConfig, gripper: Gripper, instruction: str) -> Observation:
         """What the policy sees.
@@ -164,7 +172,7 @@ class ObservationBuffer:
                 f"{self._max_skew:g} s are allowed"
             )
         images = {name: messages[name] for name in cameras}
-        return Snapshot(images, messages.get(self.JOINT_STATES), min(stamps.values()))
+        return Snapshot(images, messages.get(self.JOINT_STATES), stamps)
 
 
 def _ns(message: Any) -> int:

@@ -56,7 +56,7 @@ class Processor:
                 not finite, or the instruction is empty or has words the policy does not know.
         """
         ids = torch.tensor([self.token_ids(observation.instruction)])
-        image = self._image(observation)[None]
+        image = self.image(observation)[None]
         return Inputs(
             ids,
             None,
@@ -142,7 +142,12 @@ class Processor:
             contract.std, device=x.device
         )
 
-    def _image(self, observation: Observation) -> NDArray[np.uint8]:
+    def image(self, observation: Observation) -> NDArray[np.uint8]:
+        """What the towers see: (H, W, 3) uint8 of their size.
+
+        Raises:
+            UserError: the camera is missing, or its picture is none.
+        """
         camera = self.config.cameras[0]
         image = observation.images.get(camera.name)
         if image is None:

@@ -22,6 +22,8 @@ from safetensors.numpy import save_file
 
 from rlrc_ros.errors import UserError
 
+EPISODES_PER_SHARD = 32
+
 
 @dataclass
 class Episode:
