@@ -177,7 +177,7 @@ def test_a_second_process_is_told_who_has_the_trial(refused, trial):
 
 
 def test_all_successes_and_all_failures_are_said_for_what_they_are(rlrc, draft, tmp_path):
-    rlrc("trial", "plan", draft(pairs=40), "--out", tmp_path / "plan.yaml")
+    rlrc("trial", "plan", draft(pairs=20), "--out", tmp_path / "plan.yaml")
     plan = read_plan(tmp_path / "plan.yaml")
     expected = {"success": "Shown: compressed is not worse", "failure": "cannot tell"}
     for outcome, says in expected.items():
