@@ -147,7 +147,9 @@ class TrialSession:
         try:
             log = TrialLog(directory / LOG)
             session = cls(directory, operator, lock, log)
-            if session.state != "unblinded":
+            if session.state == "unblinded":
+                session._name_bags()  # it may have been killed before it had named them all
+            else:
                 session.plan.check_bundles()
                 session._resume()
         except BaseException:

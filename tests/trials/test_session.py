@@ -1,10 +1,9 @@
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -225,6 +224,10 @@ def test_bags_get_the_labels_and_only_at_unblinding_the_bundle(session, plan):
     arm = session.unblind("enough")["step-0001"]
     assert read_episode(bag).bundle_hash == plan.arms[arm].hash
     assert read_episode(bag).metadata["arm"] == arm
+    write_episode(bag, episode)  # as where it was killed in between
+    session.close()
+    TrialSession.open(session.directory).close()
+    assert read_episode(bag).metadata["arm"] == arm
 
 
 def test_three_arms_are_run_in_every_block(make_bundle, tmp_path):
@@ -296,35 +299,31 @@ def test_a_trial_that_was_cut_off_is_run_again_with_the_same_policy(plan, tmp_pa
             session.label(1, "success")
 
 
-WORKER = """
-import random, sys, time
-from pathlib import Path
-from rlrc_ros.trials.session import Ended, TrialSession
-with TrialSession.open(Path(sys.argv[1])) as session:
-    print("open", flush=True)
-    while (state := session.state) in ("ready", "stopped"):
-        if state == "ready":
-            trial = session.start()
-            time.sleep(random.uniform(0, 0.01))
-            session.stop(trial.number, Ended(termination_reason="finished"))
-        time.sleep(random.uniform(0, 0.005))
-        session.label(len(session.trials), random.choice(["success", "failure"]))
-"""
+def work(directory):
+    """Run a trial as fast as it goes, in a process that will be killed."""
+    with TrialSession.open(directory) as session:
+        while (state := session.state) in ("ready", "stopped"):
+            if state == "ready":
+                trial = session.start()
+                time.sleep(random.uniform(0, 0.01))
+                session.stop(trial.number, Ended(termination_reason="finished"))
+            time.sleep(random.uniform(0, 0.005))
+            session.label(len(session.trials), random.choice(["success", "failure"]))
 
 
 def test_kill_9_at_random_moments_loses_and_doubles_nothing(bundles, tmp_path):
     directory = tmp_path / "trial"
-    with TrialSession.create(directory, make_plan(bundles, pairs=150)) as session:
+    with TrialSession.create(directory, make_plan(bundles, pairs=200)) as session:
         drawn = seal.sealed_policies(directory / seal.FILE)
         assert session.state == "ready"
     rng, acknowledged = random.Random(1), {}
-    for _ in range(3):
-        with subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(directory)], stdout=subprocess.PIPE
-        ) as worker:
-            assert worker.stdout.readline() == b"open\n"
-            time.sleep(rng.uniform(0.01, 0.4))
-            worker.send_signal(signal.SIGKILL)
+    for _ in range(6):
+        worker = multiprocessing.get_context("fork").Process(target=work, args=(directory,))
+        worker.start()
+        time.sleep(rng.uniform(0.05, 0.4))
+        worker.kill()
+        worker.join()
+        assert worker.exitcode == -signal.SIGKILL
         view = read_trial(directory)
         labels = {t.number: t.labels for t in view.trials if t.labels}
         assert labels.items() >= acknowledged.items(), "a label was lost or changed"
@@ -337,7 +336,7 @@ def test_kill_9_at_random_moments_loses_and_doubles_nothing(bundles, tmp_path):
         allocation = session.unblind()
     assert allocation == {label: policy.arm for label, policy in drawn.items()}
     records = read_trial(directory).records()
-    assert len(records) == 300 == len({(r.pair, r.arm) for r in records})
+    assert len(records) == 400 == len({(r.pair, r.arm) for r in records})
 
 
 # Damage
