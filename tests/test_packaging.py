@@ -33,6 +33,8 @@ DISTRIBUTIONS = {
 }
 """Where a module and what brings it are called differently."""
 ROS = re.compile(r"rclpy|cv_bridge|\w+_(?:msgs|srvs|interfaces)")
+WITH_TORCH = {"triton"}
+"""Comes with PyTorch for a GPU, and is done without elsewhere."""
 NOT_ON_PYPI = {"ament_index_python", "launch", "launch_ros"}
 TRAINING_EXTRAS = {"gymnasium", "mujoco", "stable_baselines3", "torch_pruning"}
 OURS = {"rlrc", "rlrc_ros", "tests", "training"}
@@ -63,7 +65,7 @@ def imported(*places):
                     modules |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     modules.add(node.module.partition(".")[0])
-    return modules - OURS - FUTURE - NOT_ON_PYPI - set(sys.stdlib_module_names)
+    return modules - OURS - FUTURE - NOT_ON_PYPI - WITH_TORCH - set(sys.stdlib_module_names)
 
 
 def distributions(modules):
@@ -75,13 +77,13 @@ def distributions(modules):
 @pytest.mark.parametrize(
     "places, extras",
     [
-        (["rlrc_ros"], ["sim", "ros"]),
+        (["rlrc_ros"], ["sim", "ros", "cpu"]),
         (["training"], ["sim", "train"]),
         (["scripts"], []),
         (["tests"], ["sim", "train", "ros", "dev"]),
         (
             [f"rlrc_ros/{place}" for place in ("vla", "trials", "rollouts", "cli", "messages")],
-            ["ros"],
+            ["ros", "cpu"],
         ),
     ],
     ids=["robot", "training", "scripts", "tests", "without the simulation"],
@@ -92,7 +94,7 @@ def test_every_import_is_declared(places, extras):
 
 def test_nothing_is_declared_that_nobody_imports():
     used = distributions(imported("rlrc_ros", "training", "tests", "scripts"))
-    assert declared("sim", "train", "ros") - used == {"rlrc-ros"}
+    assert declared("sim", "train", "ros", "cpu") - used == {"rlrc-ros"}
 
 
 def test_package_xml_names_every_ros_package_that_is_imported():
