@@ -34,6 +34,8 @@ DISTRIBUTIONS = {
 }
 """Where a module and what brings it are called differently."""
 ROS = re.compile(r"rclpy|cv_bridge|\w+_(?:msgs|srvs|interfaces)")
+WITH_TORCH = {"triton"}
+"""Comes with PyTorch for a GPU, and is done without elsewhere."""
 NOT_ON_PYPI = {"ament_index_python", "launch", "launch_ros"}
 TRAINING_EXTRAS = {"gymnasium", "mujoco", "stable_baselines3", "torch_pruning"}
 OURS = {"rlrc", "rlrc_ros", "tests", "training"}
@@ -64,7 +66,7 @@ def imported(*places):
                     modules |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     modules.add(node.module.partition(".")[0])
-    return modules - OURS - FUTURE - NOT_ON_PYPI - set(sys.stdlib_module_names)
+    return modules - OURS - FUTURE - NOT_ON_PYPI - WITH_TORCH - set(sys.stdlib_module_names)
 
 
 def distributions(modules):
@@ -76,13 +78,13 @@ def distributions(modules):
 @pytest.mark.parametrize(
     "places, extras",
     [
-        (["rlrc_ros"], ["sim", "ros", "lerobot"]),
+        (["rlrc_ros"], ["sim", "ros", "cpu", "lerobot"]),
         (["training"], ["sim", "train"]),
         (["scripts"], []),
         (["tests"], ["sim", "train", "ros", "dev", "lerobot"]),
         (
             [f"rlrc_ros/{place}" for place in ("vla", "trials", "rollouts", "cli", "messages")],
-            ["ros", "lerobot"],
+            ["ros", "cpu", "lerobot"],
         ),
     ],
     ids=["robot", "training", "scripts", "tests", "without the simulation"],
@@ -93,7 +95,7 @@ def test_every_import_is_declared(places, extras):
 
 def test_nothing_is_declared_that_nobody_imports():
     used = distributions(imported("rlrc_ros", "training", "tests", "scripts"))
-    assert declared("sim", "train", "ros", "lerobot") - used == {"rlrc-ros"}
+    assert declared("sim", "train", "ros", "cpu", "lerobot") - used == {"rlrc-ros"}
 
 
 def test_package_xml_names_every_ros_package_that_is_imported():

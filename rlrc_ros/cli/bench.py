@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 HELP = "measure latency and memory of policies, interleaved round by round"
 
+ENGINES = ("auto", "eager", "unrolled", "graph", "openvino")
 SHAPES = ("openvla-7b",)
 INSTRUCTION = "put the red cube on the blue plate"
 OBSERVATIONS = 8
@@ -59,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=["auto", "eager", "unrolled", "graph", "openvino"],
-        help="run every policy with each of these (default auto)",
+        choices=ENGINES,
+        metavar="ENGINE",
+        help=f"run every policy with each of these (default auto): {', '.join(ENGINES)}",
     )
     parser.add_argument(
         "--dtype",

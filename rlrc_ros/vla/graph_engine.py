@@ -172,8 +172,6 @@ class GraphEngine:
 
     Args:
         model: is taken apart; its weights live on in fused form.
-        mean: of the vision towers, RGB in [0, 1] each.
-        std: likewise.
         lengths: of prompts that graphs are captured for; none on a CPU.
         hold: how linear layers with the same input become one `Matrix`.
         operations: where the arithmetic is; by default Triton's on a GPU that has it.
@@ -232,7 +230,6 @@ class GraphEngine:
             [torch.cuda.Stream(self._device) for _ in self._towers[1:]] if self._on_gpu else []
         )
         self._allocate(max(self._lengths, default=32))
-        self.seconds_to_capture = 0.0
 
     def _swap(self, root: nn.Module, matrix: Callable[[list[Any]], Matrix]) -> None:
         """Linear layers below `root` that are to be NF4 become so."""
@@ -266,7 +263,6 @@ class GraphEngine:
             for length in reversed(self._lengths):
                 if length not in self._graphs:
                     self._capture(length)
-        self.seconds_to_capture += time.perf_counter() - start
         return time.perf_counter() - start
 
     @torch.inference_mode()

@@ -114,6 +114,11 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing, damaged, or asks for what OpenVLA's module tree has not.
     """
+    if heads := sorted(file.name for file in directory.glob("action_head--*")):
+        raise UserError(
+            f"{directory}: is an OpenVLA-OFT checkpoint: its actions come from {heads[0]}, which "
+            "this program cannot run, and not from the tokens of its language model"
+        )
     file = directory / CONFIG
     config = _Fields(read_json(file), file)
     weights = WeightFiles.find(directory)

@@ -206,6 +206,10 @@ DAMAGES = {
     ),
     "pickle": (pickled("pytorch_model.bin"), r"weights are pickled \(pytorch_model.bin\)"),
     "other pickle": (pickled("model.pt"), r"weights are pickled \(model.pt\)"),
+    "another kind of policy": (
+        lambda p: (p / "action_head--5000_checkpoint.pt").touch(),
+        "is an OpenVLA-OFT checkpoint",
+    ),
     "missing key": (drop(f"{LAYER}.mlp.up_proj.weight"), f"missing: {LAYER}.mlp.up_proj.weight"),
     "missing embedding": (
         drop("language_model.model.embed_tokens.weight"),

@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python docs/results/backbones/cpu_engines.py --rounds 30 --out FILE
 
-Random weights; all engines act in every round, in random order, on the same observation. Tokens are
-compared with eager's in float32: over random weights the likeliest bins are near ties, so a share
-of different tokens says more of the arithmetic than of a trained policy. `ratio` the median of
-eager's times over that of the engine's, with a 95% bootstrap interval.
+Takes openvino, onnx and onnxruntime. Random weights; all engines act in every round, in random
+order, on the same observation. Tokens are compared with eager's in float32: over random weights the
+likeliest bins are near ties, so a share of different tokens says more of the arithmetic than of a
+trained policy. `ratio` is the median of eager's times over that of the engine's, with a 95%
+bootstrap interval.
 """
 
 import argparse
