@@ -93,6 +93,7 @@ def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
         UserError: it is damaged, or quantized: such weights have no gradients.
     """
     bundle = open_bundle(policy)
+    bundle.require_action_scale()
     if bundle.config.quantization:
         raise UserError(f"{bundle.path}: is quantized; train its parent instead, and quantize last")
     return Trainable(load_model(bundle, device), bundle.config, bundle.tokenizer(), bundle)

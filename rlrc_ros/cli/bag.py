@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from rlrc_ros.cli.output import emit
+from rlrc_ros.profile import load_profile
 from rlrc_ros.rollouts.repair import repair
 from rlrc_ros.rollouts.verify import BagReport, verify
 
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " repair: make a cut-off recording whole again, and keep the original",
     )
     parser.add_argument("bag", help="the bag's directory")
+    parser.add_argument(
+        "--profile",
+        help="with verify: the robot, a YAML file or the name of one in config/robots; what it"
+        " names and the bag lacks is wrong too",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -29,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = verify(args.bag)
+    report = verify(args.bag, load_profile(args.profile) if args.profile else None)
     emit(args, asdict(report), _for_people(report))
     return 0 if report.ok else 1
 

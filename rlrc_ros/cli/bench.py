@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlrc_ros.cli import bench_ros
 from rlrc_ros.cli.arguments import whole_number
 from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 HELP = "measure latency and memory of policies, interleaved round by round"
 
+SHAPES = ("openvla-7b",)
 INSTRUCTION = "put the red cube on the blue plate"
 OBSERVATIONS = 8
 """Different ones that the rounds go through."""
@@ -39,15 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         action="append",
-        required=True,
         help="bundle directory, or the short name of a shipped bundle; give it once a policy: the "
         "others are compared with the first",
+    )
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="instead of policies: this architecture with random weights, against Hugging Face "
+        "generate",
+    )
+    parser.add_argument(
+        "--variants",
+        default="full,pruned,pruned-nf4,planned,planned-nf4",
+        help="of the shape, separated by commas (default %(default)s)",
     )
     parser.add_argument(
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=["auto", "eager", "unrolled"],
+        choices=["auto", "eager", "unrolled", "graph", "openvino"],
         help="run every policy with each of these (default auto)",
     )
     parser.add_argument(
@@ -73,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write every time and the machine's facts as JSON"
     )
+    bench_ros.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -81,9 +94,17 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise UserError(f"{arguments.out}: there is no directory {arguments.out.parent}")
+    if arguments.ros:
+        return bench_ros.main(arguments)
+    if bool(arguments.policy) == bool(arguments.shape):
+        raise UserError(
+            "name either policies with --policy, or an architecture with --shape, or --ros"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
+        if arguments.shape:
+            return _measure_shape(arguments)
         contestants = _contestants(arguments)
         load_before = os.getloadavg()[0]
         _measure(contestants, arguments.rounds, arguments.instruction)
@@ -102,6 +123,28 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         text += f"\ntimes: {arguments.out}"
     emit(arguments, {**facts, "policies": summaries}, text)
+    return 0
+
+
+def _measure_shape(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from rlrc_ros.cli import bench_shape
+
+    variants = arguments.variants.split(",")
+    if unknown := sorted(set(variants) - set(bench_shape.VARIANTS)):
+        known = ", ".join(bench_shape.VARIANTS)
+        raise UserError(f"there is no variant '{unknown[0]}'; there are: {known}")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = machine()
+
+    def save(facts: dict[str, Any]) -> None:
+        if arguments.out is not None:
+            write_atomically(arguments.out, json.dumps({"machine": where, **facts}) + "\n")
+
+    facts = bench_shape.measure(arguments.shape, variants, arguments.rounds, device, save)
+    brief = [{k: v for k, v in row.items() if k != "times_ms"} for row in facts["variants"]]
+    emit(arguments, {"machine": where, **facts, "variants": brief}, bench_shape.table(facts))
     return 0
 
 

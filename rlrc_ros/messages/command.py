@@ -56,6 +56,7 @@ def policy_command(
     policy_label: str,
     episode_id: str,
     step: int,
+    period: float = 0.0,
 ) -> PolicyCommand:
     """A command for the guard.
 
@@ -68,6 +69,7 @@ def policy_command(
         policy_label: The label the policy runs under.
         episode_id: The episode it belongs to.
         step: Control step within the episode, from 0.
+        period: Seconds until the next command is due; 0 where that is unknown.
     """
     from rlrc.msg import PolicyCommand
 
@@ -78,6 +80,7 @@ def policy_command(
         policy_label=policy_label,
         episode_id=episode_id,
         step=step,
+        period=float(period),
     )
     message.header.stamp = stamp
     message.header.frame_id = frame_id

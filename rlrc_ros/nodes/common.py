@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,18 @@ from rclpy.clock import Clock
 from rclpy.clock_type import ClockType
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from rclpy.task import Future
 
 from rlrc_ros.errors import UserError
 
 N = TypeVar("N", bound=Node)
+
+RCLError = rclpy_implementation.RCLError
 
 SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 """The latest measurement and no other (REP-2003)."""
@@ -65,7 +70,10 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
             rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         except RuntimeError as error:  # ROS arguments that rcl cannot parse
             raise UserError(str(error).splitlines()[0]) from None
-        node = make_node()
+        try:
+            node = make_node()
+        except RCLError as error:  # security that is asked for and cannot be had
+            raise UserError(str(error).splitlines()[0]) from None
     except UserError as error:
         _say(error)
         rclpy.try_shutdown()
@@ -92,6 +100,23 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
         node.destroy_node()
         rclpy.try_shutdown()
     return 0
+
+
+async def until(node: Node, condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait in a callback's coroutine for a condition; whether it came to hold in time."""
+    held: Future[bool] = Future(executor=node.executor)
+    deadline = time.monotonic() + seconds
+
+    def look() -> None:
+        holds = condition()
+        if not held.done() and (holds or time.monotonic() > deadline):
+            held.set_result(holds)
+
+    look()
+    timer = node.create_timer(0.02, look, clock=STEADY_CLOCK)
+    result = await held
+    node.destroy_timer(timer)
+    return bool(result)
 
 
 @contextmanager

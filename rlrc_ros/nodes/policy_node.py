@@ -9,6 +9,7 @@ Inference runs in a thread of its own, so that a slow policy never delays a stop
 
 from __future__ import annotations
 
+import math
 import secrets
 import sys
 import time
@@ -29,6 +30,7 @@ from rlrc.srv import ListPolicies, LoadPolicy, StartRecording
 from std_srvs.srv import Trigger
 
 from rlrc_ros import execution
+from rlrc_ros.chunks import ActionPlan
 from rlrc_ros.errors import UserError
 from rlrc_ros.execution import Episode, NotReady, PolicyStore
 from rlrc_ros.guard import STOPPED
@@ -42,6 +44,10 @@ from rlrc_ros.vla import Observation, Policy, load_policy
 
 LONGEST_EPISODE = 3600.0
 """s."""
+GUARD_PATIENCE = 1.0
+"""s without a word from the command guard after which an episode ends."""
+GUARD_DISCOVERY = 3.0
+"""s to wait for its first word, when an episode is to begin."""
 FAREWELL_TIME = 3.0
 """s that an episode cut off by SIGINT or SIGTERM may take to close its bag and give its result."""
 
@@ -54,7 +60,15 @@ class PolicyNode(LifecycleNode):
         self._frame = common.text(self, "base_frame", "base_link", "frame of the commands")
         self._given = common.texts(self, "policies", "bundles to load, each as label=directory")
         self._device = common.text(self, "device", "cpu", "where policies run, as torch names it")
-        self._engine = common.text(self, "engine", "auto", "auto, eager or unrolled")
+        self._engine = common.text(
+            self, "engine", "auto", "auto, eager, unrolled, graph or openvino"
+        )
+        self._replan_steps = common.integer(
+            self, "replan_steps", 0, "actions of a chunk before looking again; 0: half", 0, 1000
+        )
+        self._ensemble = common.flag(
+            self, "ensemble", False, "average overlapping chunks instead of blending them"
+        )
         threads = common.integer(self, "threads", 1, "threads of a policy on the CPU", 1, 64)
         self._blind = common.flag(self, "blind", False, "publish no hash that names a policy")
         self._gripper = Gripper(
@@ -68,6 +82,14 @@ class PolicyNode(LifecycleNode):
         self._done: Future[None] | None = None
         """Of the goal that was accepted; None: the next one may be."""
         self._problem = ""
+        self._last = ""
+        """How the last episode ended, where it did not end well."""
+        self._costs: dict[str, tuple[float, float]] = {}
+        """By bundle hash: s to load and warm up, ms of an inference."""
+        self._sizes: dict[str, tuple[int, int]] = {}
+        """Of each camera's first image in an episode: width and height."""
+        self._guard: GuardStatus | None = None
+        self._guard_time = -math.inf
         self._buffer = listen(self)
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.COMMAND_QOS)
@@ -77,7 +99,7 @@ class PolicyNode(LifecycleNode):
         self.create_service(LoadPolicy, "~/load_policy", self._on_load_policy)
         self.create_service(ListPolicies, "~/list_policies", self._on_list_policies)
         self.create_service(Trigger, "~/finish_episode", self._on_finish)
-        self._recorder = RecorderClient(self)
+        self._recorder = RecorderClient(self, partial(self.end_episode, execution.RECORDING_LOST))
         self._server = ActionServer(
             self,
             RunEpisode,
@@ -106,10 +128,12 @@ class PolicyNode(LifecycleNode):
                 label, _, path = text.partition("=")
                 if not label or not path:
                     raise UserError(f"parameter policies: '{text}' is not label=directory")
-                began = time.monotonic()
+                number = f"{len(self._store.resident) + 1} of {len(self._given)}"
+                self._publish_diagnostics(DiagnosticStatus.OK, f"loading {label}, {number}", {})
                 policy = self._store.add(label, path)
+                seconds, inference = self._costs[policy.hash]
                 self.get_logger().info(
-                    f"{label}: {policy.hash[:12]}, ready in {time.monotonic() - began:.1f} s"
+                    f"{label}: {policy.hash[:12]}, ready in {seconds:.1f} s, {inference:.0f} ms"
                 )
         except UserError as error:
             self._store.clear()
@@ -164,8 +188,12 @@ class PolicyNode(LifecycleNode):
     def _load(self, path: str) -> Policy:
         try:
             with common.interruptible():
+                began = time.monotonic()
                 policy = load_policy(path, self._device, self._engine)  # type: ignore[arg-type]
+                self._publish_diagnostics(DiagnosticStatus.OK, f"warming up {path}", {})
                 policy.warm_up()
+                inference = policy.warm_up() / 2  # acts twice, now that it is warm
+                self._costs[policy.hash] = time.monotonic() - began, inference * 1e3
         except UserError:
             raise
         except Exception as error:  # out of memory, a damaged tokenizer: the node must live on
@@ -177,12 +205,15 @@ class PolicyNode(LifecycleNode):
 
     def _on_goal(self, _: RunEpisode.Goal) -> GoalResponse:
         if not self._is_active():
-            self.get_logger().warning("goal refused: the node is not active")
+            self._refuse("the node is not active")
             return GoalResponse.REJECT
         if self._done is not None:
-            self.get_logger().warning("goal refused: an episode is running")
+            self._refuse("an episode is running")
             return GoalResponse.REJECT
         return GoalResponse.ACCEPT
+
+    def _refuse(self, reason: str) -> None:
+        self.get_logger().warning(f"goal refused: {reason}", throttle_duration_sec=1.0)
 
     def _on_accepted(self, handle: Any) -> None:
         # Not when the goal is judged: if its client is gone by then, nothing would ever clear it.
@@ -200,8 +231,24 @@ class PolicyNode(LifecycleNode):
         return response
 
     def _on_guard(self, status: GuardStatus) -> None:
+        before, self._guard, self._guard_time = self._guard, status, time.monotonic()
+        episode = self._episode
         if status.state == STOPPED:
             self.end_episode(execution.GUARD_STOP, status.reason)
+        elif before is not None and status.accepted < before.accepted:
+            self.end_episode(execution.GUARD_STOP, "the command guard has been restarted")
+        elif (
+            episode is not None
+            and episode.elapsed > GUARD_PATIENCE
+            and status.episode_id not in ("", episode.episode_id)
+        ):
+            self.end_episode(execution.GUARD_STOP, f"'{status.episode_id}' has the arm")
+
+    def _watch_guard(self) -> None:
+        silence = time.monotonic() - self._guard_time
+        if silence > GUARD_PATIENCE:
+            said = f"nothing has come from the command guard for {silence:.1f} s"
+            self.end_episode(execution.GUARD_STOP, said)
 
     async def _run_episode(self, handle: Any) -> RunEpisode.Result:
         result = RunEpisode.Result(outcome="unlabelled")
@@ -211,6 +258,9 @@ class PolicyNode(LifecycleNode):
             result.termination_reason, result.message = execution.POLICY_ERROR, str(error)
         finally:
             self._episode = self._done = None
+            well = (execution.FINISHED, execution.TIMEOUT, execution.OPERATOR_STOP)
+            ended = f"{result.episode_id or 'the last goal'}: {result.termination_reason}"
+            self._last = "" if result.termination_reason in well else f"{ended} {result.message}"
         if handle.is_cancel_requested:
             handle.canceled()
         elif result.termination_reason in (execution.FINISHED, execution.TIMEOUT):
@@ -225,6 +275,9 @@ class PolicyNode(LifecycleNode):
 
     async def _carry_out(self, handle: Any, result: RunEpisode.Result) -> None:
         """Run the episode, and its recording around it; raises UserError before it begins."""
+        began = time.monotonic()
+        if not await common.until(self, lambda: self._guard_time > began, GUARD_DISCOVERY):
+            raise UserError("no command guard is heard; start command_guard_node")
         episode = self._prepare(handle.request)
         result.episode_id = episode.episode_id
         # From here on whatever ends an episode ends this one, though the recorder be slow.
@@ -269,6 +322,7 @@ class PolicyNode(LifecycleNode):
             look=partial(self._look, policy, goal.instruction),
             command=self._send,
             clock_ns=self._now_ns,
+            plan=ActionPlan(1 / policy.config.control_rate, self._replan_steps, self._ensemble),
         )
 
     async def _act(self, episode: Episode, handle: Any) -> None:
@@ -276,9 +330,11 @@ class PolicyNode(LifecycleNode):
         done = self._done
         assert done is not None
         self._buffer.forget()
+        self._sizes.clear()
 
         def tick() -> None:
             episode.tick()
+            self._watch_guard()
             self._publish_status()
             statistics = episode.statistics
             handle.publish_feedback(
@@ -304,7 +360,14 @@ class PolicyNode(LifecycleNode):
             snapshot = self._buffer.snapshot(policy.config, self._now_ns())
         except UserError as error:
             raise NotReady(str(error)) from None
-        return snapshot.decode(policy.config, self._gripper, instruction), snapshot.oldest_ns
+        observation = snapshot.decode(policy.config, self._gripper, instruction)
+        for name, image in observation.images.items():
+            height, width = image.shape[:2]
+            before = self._sizes.setdefault(name, (width, height))
+            if before != (width, height):
+                was = "×".join(map(str, before))
+                raise UserError(f"camera '{name}' has changed from {was} to {width}×{height}")
+        return observation, snapshot.oldest_ns
 
     def _send(self, action: NDArray[np.float64], stamp_ns: int, step: int) -> None:
         episode = self._episode
@@ -336,6 +399,7 @@ class PolicyNode(LifecycleNode):
             policy_label=episode.label,
             episode_id=episode.episode_id,
             step=step,
+            period=1 / episode.policy.config.control_rate,
         )
         self._commands.publish(command)
 
@@ -391,6 +455,8 @@ class PolicyNode(LifecycleNode):
                 parameters=policy.parameters["total"],
                 weight_bytes=policy.weight_bytes()["total"],
                 control_rate=policy.config.control_rate,
+                load_seconds=self._costs[policy.hash][0],
+                inference_ms=self._costs[policy.hash][1],
             )
             for label, policy in self._store.resident.items()
         ]
@@ -412,8 +478,16 @@ class PolicyNode(LifecycleNode):
             message = f"running {self._episode.episode_id}"
             values |= {"steps": statistics.steps, "deadline misses": statistics.deadline_misses}
             values |= {"skipped steps": statistics.skipped_steps}
+            values |= {"latency p50 ms": round(statistics.percentile(50), 1)}
+            values |= {"latency p99 ms": round(statistics.percentile(99), 1)}
             if statistics.skip_reason:
                 level, message = DiagnosticStatus.WARN, statistics.skip_reason
+        elif active and self._last:
+            level, message = DiagnosticStatus.WARN, f"ready; {self._last}"
+        values["command guard"] = self._guard.state if self._guard else "not heard"
+        self._publish_diagnostics(level, message, values)
+
+    def _publish_diagnostics(self, level: bytes, message: str, values: dict[str, object]) -> None:
         self._diagnostics.publish(common.diagnostics(self, level, message, values))
 
     def _publish_status(self) -> None:

@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rclpy.client import Client
 from rclpy.node import Node
 from rclpy.task import Future
+from rlrc.msg import RecorderStatus
 from rlrc.srv import StartRecording, StopRecording
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.nodes import common
 
 PATIENCE = 10.0
-"""s for the recorder to answer."""
+"""s for the recorder to answer; less where it has not been heard of for a while."""
 DISCOVERY_TIME = 2.0
 """s for it to be found, where it has only just started."""
+SILENCE = 3.0
+"""s without a word that it still records, which comes once a second; then it is taken for dead."""
 
 
 class RecorderClient:
-    """Starts and stops recordings; await its methods in a callback of the node's."""
+    """Starts and stops recordings; await its methods in a callback of the node's.
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    Args:
+        node: Whose callbacks they are.
+        on_lost: Called once, with the reason, when a recording has ended before `stop`: the disk is
+            full, or the recorder is dead.
+    """
+
+    def __init__(self, node: Node, on_lost: Callable[[str], None]) -> None:
+        self._node, self._on_lost = node, on_lost
         self._start: Client[Any, Any] = node.create_client(StartRecording, "recorder/start")
         self._stop: Client[Any, Any] = node.create_client(StopRecording, "recorder/stop")
+        self._episode_id = ""
+        """Of the recording that goes on; empty where none does."""
+        self._heard = 0.0
+        self._patience = PATIENCE
+        node.create_subscription(RecorderStatus, "recorder/status", self._on_status, 10)
+        node.create_timer(0.5, self._watch, clock=common.STEADY_CLOCK)
+
+    def _on_status(self, status: RecorderStatus) -> None:
+        if self._episode_id and status.episode_id == self._episode_id:
+            self._heard = time.monotonic()
+            if status.state == "failed":
+                self._lose(status.message)
+
+    def _watch(self) -> None:
+        if self._episode_id and time.monotonic() - self._heard > SILENCE:
+            self._patience = DISCOVERY_TIME
+            self._lose(f"{SILENCE:g} s without a word that it records {self._episode_id}")
+
+    def _lose(self, reason: str) -> None:
+        self._episode_id = ""
+        self._on_lost(f"the recorder: {reason}")
 
     async def start(self, request: StartRecording.Request) -> str:
         """Begin a bag; its URI.
@@ -33,13 +64,16 @@ class RecorderClient:
         Raises:
             UserError: the recorder is missing, silent or refuses.
         """
+        self._patience = PATIENCE
         response = await self._ask(self._start, request)
         if not response.success:
             raise UserError(f"the recorder: {response.message}")
+        self._episode_id, self._heard = request.episode_id, time.monotonic()
         return response.uri
 
     async def stop(self, termination_reason: str) -> str:
         """Finish the bag; what went wrong, empty where nothing did."""
+        self._episode_id = ""
         try:
             request = StopRecording.Request(termination_reason=termination_reason)
             response = await self._ask(self._stop, request)
@@ -67,9 +101,9 @@ class RecorderClient:
             name = self._node.resolve_service_name(client.srv_name)
             raise UserError(f"there is no {name}; start recorder_node, or set record to false")
         future = client.call_async(request)
-        timer = self._node.create_timer(PATIENCE, future.cancel, clock=common.STEADY_CLOCK)
+        timer = self._node.create_timer(self._patience, future.cancel, clock=common.STEADY_CLOCK)
         response = await future
         self._node.destroy_timer(timer)
         if response is None:
-            raise UserError(f"{client.srv_name} did not answer within {PATIENCE:g} s")
+            raise UserError(f"{client.srv_name} did not answer within {self._patience:g} s")
         return response

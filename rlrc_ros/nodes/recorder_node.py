@@ -1,51 +1,44 @@
 """Records episodes: one bag from `~/start` to `~/stop`, labelled by `~/label` at any time after.
 
-    ros2 run rlrc recorder_node --ros-args -p output_dir:=runs/rollouts
+    ros2 run rlrc recorder_node --ros-args -p output_dir:=runs/rollouts -p profile:=my_arm.yaml
 
-Messages go into the bag as the bytes that came; nothing is deserialised. What is in a bag and how
-it is written stands in `rlrc_ros.rollouts.recording`.
+Messages go into the bag as the bytes that came; nothing is deserialised. A bag begins with what
+came in the `preroll` seconds before its episode. What is in it and how it is written stands in
+`rlrc_ros.rollouts.recording`.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
+import shutil
 import sys
 import time
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.subscription import Subscription
-from rclpy.topic_endpoint_info import TopicEndpointInfo
 from rclpy.topic_or_service_is_hidden import topic_or_service_is_hidden
+from rlrc.msg import RecorderStatus
 from rlrc.srv import LabelEpisode, StartRecording, StopRecording
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.nodes import common
+from rlrc_ros.nodes.recorder_topics import Topics
+from rlrc_ros.profile import RobotProfile, load_profile
 from rlrc_ros.rollouts import episode as episodes
-from rlrc_ros.rollouts.definitions import message_definition
+from rlrc_ros.rollouts.preroll import Preroll
+from rlrc_ros.rollouts.profile_topics import OWN_TOPICS, profile_topics
 from rlrc_ros.rollouts.recording import Recording
-
-if TYPE_CHECKING:
-    from rclpy.subscription import MessageInfo
+from rlrc_ros.schema import from_dict
 
 MATCHING_TIME = 2.0
 """How long `~/start` waits at most until every publisher has been matched, in s."""
-QUEUE_DEPTH = 100
-"""Messages of a topic that may wait while the process is busy with others."""
+LITTLE_ROOM = 1 << 30
+"""Bytes left on the disk below which diagnostics warn."""
+IDLE, RECORDING, FAILED = "idle", "recording", "failed"
 _NOT_RECORDED = ("/rosout", "/parameter_events")
-_TYPE_NAME = re.compile(r"\w+/msg/\w+")
-
-
-class _Topic(NamedTuple):
-    channel: int
-    subscription: Subscription[Any]
 
 
 class RecorderNode(Node):
@@ -55,18 +48,43 @@ class RecorderNode(Node):
         super().__init__("recorder")
         directory = common.text(self, "output_dir", "rollouts", "where the bags go")
         topics = common.texts(self, "topics", "topics to record; empty: every one there is")
+        self._profile = _profile(
+            common.text(
+                self, "profile", "", "the robot, kept in every bag: a profile's name, file or JSON"
+            )
+        )
+        profile_only = common.flag(
+            self, "profile_topics_only", False, "record the profile's topics and this package's own"
+        )
+        preroll = common.number(
+            self, "preroll", 1.0, "s before an episode that its bag begins; 0: not before", 0.0, 60
+        )
         self._output_dir = Path(directory).expanduser().resolve()
-        self._wanted = [self.resolve_topic_name(topic) for topic in topics]
+        of_profile = (
+            [topic.topic for topic in profile_topics(self._profile)] if self._profile else []
+        )
+        if profile_only and not of_profile:
+            raise UserError("parameter profile_topics_only: name a robot's profile as well")
+        # Without the policies: their paths would tell who is who in a blinded trial.
+        self._robot = asdict(replace(self._profile, policies={})) if self._profile else {}
+        self._expected = [self.resolve_topic_name(topic) for topic in [*topics, *of_profile]]
+        """Said to be missing where nobody publishes them."""
+        self._wanted = set(self._expected) if topics or profile_only else set()
+        if profile_only:
+            self._wanted |= {self.resolve_topic_name(topic) for topic in OWN_TOPICS}
+        self._preroll = preroll
         self._recording: Recording | None = None
-        self._topics: dict[str, _Topic] = {}
-        self._reported_failure = ""
+        self._topics = Topics(self, self._is_wanted, Preroll(preroll) if preroll else None)
+        self._failure = ""
+        """Of the last recording; empty where it went well."""
 
         self.create_service(StartRecording, "~/start", self._on_start)
         self.create_service(StopRecording, "~/stop", self._on_stop)
         self.create_service(LabelEpisode, "~/label", self._on_label)
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._status_publisher = self.create_publisher(RecorderStatus, "~/status", 10)
         self.create_timer(0.5, self._look_after_recording, clock=common.STEADY_CLOCK)
-        self.create_timer(1.0, self._publish_diagnostics, clock=common.STEADY_CLOCK)
+        self.create_timer(1.0, self._report, clock=common.STEADY_CLOCK)
         self.get_logger().info(f"bags go to {self._output_dir}")
 
     def finish(self) -> None:
@@ -96,13 +114,16 @@ class RecorderNode(Node):
             policy_label=request.policy_label,
             bundle_hash=request.bundle_hash,
             metadata=_metadata(request.metadata_json),
+            preroll=self._preroll,
+            robot_profile=self._robot,
         )
         self._recording = Recording(self._output_dir, episode)
-        self._reported_failure = ""
-        self._discover(self._recording)
+        self._failure = ""
+        self._topics.begin(self._recording)
         deadline = time.monotonic() + MATCHING_TIME
-        while time.monotonic() < deadline and not self._all_matched():
+        while time.monotonic() < deadline and not self._topics.all_matched():
             time.sleep(0.005)
+        self._publish_status()
         self.get_logger().info(f"recording {self._recording.uri}, {len(self._topics)} topics")
 
     def _on_stop(
@@ -141,117 +162,91 @@ class RecorderNode(Node):
         return directory
 
     def _close(self, recording: Recording, termination_reason: str) -> int:
-        for topic in self._wanted:
-            if topic not in self._topics:
+        for topic in self._expected:
+            if topic not in self._topics and not recording.failure:
                 recording.unrecorded.setdefault(topic, "nobody published it")
-        self._stop_listening(recording)
+        self._topics.end()
         messages = recording.close(termination_reason)
         self._recording = None
+        self._failure = recording.failure
         for line in filter(None, (recording.failure, _drops(recording))):
             self.get_logger().error(line)
         self.get_logger().info(f"recorded {messages} messages to {recording.uri}")
+        self._publish_status()
         return messages
-
-    def _stop_listening(self, recording: Recording) -> None:
-        for topic in self._topics.values():
-            self._unsubscribe(recording, topic)
-        self._topics.clear()
-
-    def _unsubscribe(self, recording: Recording, topic: _Topic) -> None:
-        """Take what has come and waits for its callback, and end the subscription."""
-        subscription = topic.subscription
-        for _ in range(QUEUE_DEPTH):
-            with subscription.handle:
-                taken = subscription.handle.take_message(subscription.msg_type, True)
-            if taken is None:
-                break
-            _write(recording, topic.channel, *taken)
-        self.destroy_subscription(subscription)
 
     def _look_after_recording(self) -> None:
         recording = self._recording
-        if recording is None:
-            return
-        if not recording.failure:
-            self._discover(recording)
-        elif not self._reported_failure:
-            self._reported_failure = recording.failure
+        if recording is None or not recording.failure:
+            self._topics.discover()
+        elif not self._failure:
+            self._failure = recording.failure
             self.get_logger().error(f"{recording.failure} ({recording.uri})")
-            self._stop_listening(recording)
-
-    def _discover(self, recording: Recording) -> None:
-        """Subscribe to what is published by now and should be recorded."""
-        for name, types in self.get_topic_names_and_types():
-            if not self._is_wanted(name) or name in recording.unrecorded:
-                continue
-            publishers = self.get_publishers_info_by_topic(name)
-            if not publishers:
-                continue
-            try:
-                self._subscribe(recording, name, types, publishers)
-            except UserError as error:
-                recording.unrecorded[name] = str(error)
-                self.get_logger().warning(f"{name} is not recorded: {error}")
+            self._topics.end()
+            self._publish_status()
 
     def _is_wanted(self, name: str) -> bool:
         if self._wanted:
             return name in self._wanted
         return name not in _NOT_RECORDED and not topic_or_service_is_hidden(name)
 
-    def _subscribe(
-        self,
-        recording: Recording,
-        name: str,
-        types: Sequence[str],
-        publishers: Sequence[TopicEndpointInfo],
-    ) -> None:
-        qos = _matching_qos([publisher.qos_profile for publisher in publishers])
-        known = self._topics.get(name)
-        if known is not None:
-            profile = known.subscription.qos_profile
-            if (profile.reliability, profile.durability) == (qos.reliability, qos.durability):
-                return
-            # A publisher has come that the subscription as it is would not hear.
-            channel, message_type = known.channel, known.subscription.msg_type
-            self._unsubscribe(recording, known)
-        else:
-            if len(types) > 1:
-                raise UserError(f"it is published with more than one type: {', '.join(types)}")
-            message_type = _message_type(types[0])
-            channel = recording.add_topic(
-                name,
-                types[0],
-                message_definition(types[0]),
-                [_as_rosbag2(publisher.qos_profile) for publisher in publishers],
-                str(publishers[0].topic_type_hash),
-            )
-        write = partial(_write, recording, channel)
-        subscription = self.create_subscription(message_type, name, write, qos, raw=True)
-        self._topics[name] = _Topic(channel, subscription)
+    def _report(self) -> None:
+        self._publish_status()
+        self._publish_diagnostics()
 
-    def _all_matched(self) -> bool:
-        return all(
-            topic.subscription.get_publisher_count() >= self.count_publishers(name)
-            for name, topic in self._topics.items()
-        )
+    def _publish_status(self) -> None:
+        recording = self._recording
+        status = RecorderStatus(state=IDLE, free_bytes=self._free_bytes())
+        status.header.stamp = self.get_clock().now().to_msg()
+        if recording is not None:
+            status.state = FAILED if recording.failure else RECORDING
+            status.episode_id = recording.uri.name
+            status.message = recording.failure or _drops(recording)
+            status.messages = recording.received.total()
+            status.dropped = recording.dropped.total()
+        self._status_publisher.publish(status)
 
     def _publish_diagnostics(self) -> None:
-        recording = self._recording
-        level, message, values = DiagnosticStatus.OK, "idle", {}
+        recording, free = self._recording, self._free_bytes()
+        level, message = DiagnosticStatus.OK, "idle"
+        values: dict[str, object] = {"free GB": f"{free * 1e-9:.1f}"}
+        if self._failure:
+            level, message = DiagnosticStatus.WARN, f"idle; the last episode: {self._failure}"
         if recording is not None:
-            received, dropped = recording.received.total(), _drops(recording)
-            level = DiagnosticStatus.WARN if dropped else DiagnosticStatus.OK
-            message = dropped or f"recording {recording.uri.name}"
-            values = {"episode": recording.uri.name, "topics": len(self._topics)}
-            values |= {"messages": received, "dropped": recording.dropped.total()}
-            if recording.failure:
-                level, message = DiagnosticStatus.ERROR, recording.failure
+            level, message = DiagnosticStatus.OK, f"recording {recording.uri.name}"
+            values |= {"episode": recording.uri.name, "topics": len(self._topics)}
+            values |= {"messages": recording.received.total()}
+            values |= {"dropped": recording.dropped.total()}
+            if drops := _drops(recording):
+                level, message = DiagnosticStatus.WARN, drops
+            if jumps := recording.episode.clock_jumps:
+                level, message = (
+                    DiagnosticStatus.WARN,
+                    f"the clock jumped by {jumps[-1].seconds:+g} s",
+                )
+        if free < LITTLE_ROOM and level == DiagnosticStatus.OK:
+            level, message = DiagnosticStatus.WARN, f"{message}; only {free * 1e-9:.1f} GB are free"
+        if recording is not None and recording.failure:
+            level, message = DiagnosticStatus.ERROR, recording.failure
         self._diagnostics_publisher.publish(common.diagnostics(self, level, message, values))
 
+    def _free_bytes(self) -> int:
+        place = next(
+            path for path in (self._output_dir, *self._output_dir.parents) if path.exists()
+        )
+        return shutil.disk_usage(place).free
 
-def _write(recording: Recording, channel: int, data: bytes, info: MessageInfo) -> None:
-    received = info["received_timestamp"] or time.time_ns()
-    recording.write(channel, received, info["source_timestamp"] or received, data)
+
+def _profile(text: str) -> RobotProfile | None:
+    """The profile that the parameter names or is."""
+    if not text.strip():
+        return None
+    if not text.lstrip().startswith("{"):
+        return load_profile(Path(text).expanduser())
+    try:
+        return from_dict(RobotProfile, json.loads(text), "parameter profile")
+    except json.JSONDecodeError as error:
+        raise UserError(f"parameter profile is not JSON: {error}") from None
 
 
 def _metadata(text: str) -> dict[str, Any]:
@@ -267,48 +262,6 @@ def _metadata(text: str) -> dict[str, Any]:
 def _drops(recording: Recording) -> str:
     topics = ", ".join(f"{count} of {topic}" for topic, count in recording.dropped.items())
     return f"dropped, the disk is too slow: {topics}" if topics else ""
-
-
-def _message_type(type_name: str) -> Any:
-    if not _TYPE_NAME.fullmatch(type_name):
-        raise UserError(f"{type_name!r} is not a message type")
-    package, _, name = type_name.split("/")
-    try:
-        return getattr(importlib.import_module(f"{package}.msg"), name)
-    except (ImportError, AttributeError):
-        raise UserError(f"its type {type_name} is not installed here") from None
-
-
-def _matching_qos(offered: Sequence[QoSProfile]) -> QoSProfile:
-    """The most that every publisher offers, so that all of them are heard."""
-    reliable = all(qos.reliability == ReliabilityPolicy.RELIABLE for qos in offered)
-    latched = all(qos.durability == DurabilityPolicy.TRANSIENT_LOCAL for qos in offered)
-    return QoSProfile(
-        history=HistoryPolicy.KEEP_LAST,
-        depth=QUEUE_DEPTH,
-        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
-        durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
-    )
-
-
-def _as_rosbag2(qos: QoSProfile) -> dict[str, Any]:
-    """A profile as rosbag2 writes it down."""
-
-    def duration(nanoseconds: int) -> dict[str, int]:
-        sec, nsec = divmod(nanoseconds, 1_000_000_000)
-        return {"sec": sec, "nsec": nsec}
-
-    return {
-        "history": qos.history.name.lower(),
-        "depth": qos.depth,
-        "reliability": qos.reliability.name.lower(),
-        "durability": qos.durability.name.lower(),
-        "deadline": duration(qos.deadline.nanoseconds),
-        "lifespan": duration(qos.lifespan.nanoseconds),
-        "liveliness": qos.liveliness.name.lower(),
-        "liveliness_lease_duration": duration(qos.liveliness_lease_duration.nanoseconds),
-        "avoid_ros_namespace_conventions": qos.avoid_ros_namespace_conventions,
-    }
 
 
 def main() -> int:

@@ -38,6 +38,16 @@ class Label:
     notes: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClockJump:
+    """The system clock against the steady one."""
+
+    time: str
+    """ISO 8601, UTC, by the clock after the jump."""
+    seconds: float
+    """Forward, or back where negative."""
+
+
 @dataclass(kw_only=True)
 class Episode:
     """One episode, as far as it is known."""
@@ -67,6 +77,12 @@ class Episode:
     """Topics that should be in the bag and are not, and why."""
     recording_error: str = ""
     """Why the recording ended before the episode; empty where it did not."""
+    preroll: float = 0.0
+    """s before `start_time` that the bag may reach back to."""
+    clock_jumps: list[ClockJump] = field(default_factory=list)
+    """The messages' times of receipt are of a clock that somebody set meanwhile."""
+    robot_profile: dict[str, Any] = field(default_factory=dict)
+    """The profile of the robot (`rlrc_ros.profile`); empty where the recorder knew none."""
     software: dict[str, str] = field(default_factory=dict)
     """Versions of what recorded it."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -141,8 +157,9 @@ def iso_time(seconds: float) -> str:
 def software_versions() -> dict[str, str]:
     """What is running here."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    versions["ros_distro"] = os.environ.get("ROS_DISTRO", "")
-    for package in ("rlrc-ros", "ros-rclpy"):
+    for variable in ("ROS_DISTRO", "RMW_IMPLEMENTATION"):
+        versions[variable.lower()] = os.environ.get(variable, "")
+    for package in ("rlrc-ros", "ros-rclpy", "torch", "transformers", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -24,7 +24,8 @@ from rlrc_ros.errors import UserError
 
 MAGIC = b"\x89MCAP0\r\n"
 _HEADER, _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 0x01, 0x02, 0x03, 0x04, 0x05, 0x06
-_MESSAGE_INDEX, _CHUNK_INDEX, _STATISTICS, _SUMMARY_OFFSET, _DATA_END = 0x07, 0x08, 0x0B, 0x0E, 0x0F
+_MESSAGE_INDEX, _CHUNK_INDEX, _STATISTICS, _METADATA, _METADATA_INDEX = 0x07, 0x08, 0x0B, 0x0C, 0x0D
+_SUMMARY_OFFSET, _DATA_END = 0x0E, 0x0F
 # opcode and length of a record; what a message record holds before its data
 _PREFIX = struct.Struct("<BQ")
 _MESSAGE_HEAD = struct.Struct("<HIQQ")
@@ -52,7 +53,10 @@ class Chunk:
     stored: int
     size: int
     entries: dict[int, list[tuple[int, int]]]
-    """channel: (log time in ns, offset in the chunk) of its messages."""
+    """channel: (log time in ns, offset in the chunk) of its messages. A writer forgets them when
+    they are written: in hours they would fill its memory."""
+    counts: dict[int, int]
+    """channel: how many messages of it there are."""
     index_offsets: dict[int, int] = field(default_factory=dict)
     index_length: int = 0
 
@@ -68,6 +72,8 @@ class Index:
     chunks: list[Chunk] = field(default_factory=list)
     loose: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     """channel: log times of messages outside chunks, which this project's files do not have."""
+    metadata: list[tuple[int, int, str]] = field(default_factory=list)
+    """Offset, length and name of the records with facts about the file."""
 
     def times(self, channel: int) -> list[int]:
         """Log times of a channel's messages in ns, in file order."""
@@ -79,8 +85,8 @@ class Index:
         """Messages by channel."""
         counts = {channel: len(self.loose.get(channel, ())) for channel in self.channels}
         for chunk in self.chunks:
-            for channel, entries in chunk.entries.items():
-                counts[channel] += len(entries)
+            for channel, count in chunk.counts.items():
+                counts[channel] += count
         return counts
 
     @property
@@ -103,14 +109,21 @@ class Index:
         """Everything that follows the data of a file, when that ends at `offset`."""
         counts, (start, end) = self.counts, self.span
         statistics = struct.pack(
-            "<QHIIIIQQ", sum(counts.values()), len(self.schemas), len(self.channels), 0, 0,
-            len(self.chunks), start, end,
+            "<QHIIIIQQ", sum(counts.values()), len(self.schemas), len(self.channels), 0,
+            len(self.metadata), len(self.chunks), start, end,
         ) + _map(counts)  # fmt: skip
         groups = [
             (_SCHEMA, [_record(_SCHEMA, body) for body in self.schemas.values()]),
             (_CHANNEL, [_record(_CHANNEL, body) for body in self.channel_records.values()]),
             (_STATISTICS, [_record(_STATISTICS, statistics)]),
             (_CHUNK_INDEX, [_record(_CHUNK_INDEX, _chunk_index(chunk)) for chunk in self.chunks]),
+            (
+                _METADATA_INDEX,
+                [
+                    _record(_METADATA_INDEX, struct.pack("<QQ", where, length) + _string(name))
+                    for where, length, name in self.metadata
+                ],
+            ),
         ]
         data_end = _record(_DATA_END, struct.pack("<I", 0))
         summary_start = offset + len(data_end)
@@ -159,12 +172,19 @@ class McapWriter:
             self.index.schemas[schema] = body + _string(definition)
             self._schema_ids[type_name] = schema
         channel = len(self.index.channels) + 1
-        pairs = b"".join(_string(key) + _string(value) for key, value in metadata.items())
-        body = struct.pack("<HH", channel, schema) + _string(topic) + _string("cdr") + _sized(pairs)
+        body = struct.pack("<HH", channel, schema) + _string(topic) + _string("cdr")
+        body += _strings(metadata)
         self._append(_record(_CHANNEL, body))
         self.index.channel_records[channel] = body
         self.index.channels[channel] = Channel(topic, type_name, dict(metadata))
         return channel
+
+    def add_metadata(self, name: str, values: Mapping[str, str]) -> None:
+        """Add facts about the file, which Foxglove and `mcap get metadata` show."""
+        record = _record(_METADATA, _string(name) + _strings(values))
+        where = self._end
+        self._append(record)
+        self.index.metadata.append((where, len(record), name))
 
     def write(self, channel: int, log_time: int, publish_time: int, data: bytes) -> None:
         """Add a message to the chunk in memory; times in ns since the epoch."""
@@ -187,10 +207,11 @@ class McapWriter:
         length = len(prefix) + self.pending
         chunk = Chunk(
             min(times), max(times), self._end, length, "", self.pending, self.pending,
-            dict(self._entries),
+            dict(self._entries), _lengths(self._entries),
         )  # fmt: skip
         index = _message_indexes(chunk)
         self._append(prefix, *self._pieces, index)
+        chunk.entries = {}
         self.index.chunks.append(chunk)
         self._reset_chunk()
 
@@ -198,10 +219,16 @@ class McapWriter:
         """Have what was written reach the disk."""
         os.fsync(self._file)
 
-    def close(self) -> None:
-        """Write the index after the last whole record, whatever failed before, and close."""
+    def close(self, metadata: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        """Write the index after the last whole record, whatever failed before, and close.
+
+        Args:
+            metadata: Last facts about the file, by name.
+        """
         try:
             self._file.truncate(self._end)
+            for name, values in (metadata or {}).items():
+                self.add_metadata(name, values)
             self._append(self.index.tail(self._end))
             self.sync()
         finally:
@@ -299,6 +326,9 @@ def _take_in(index: Index, opcode: int, start: int, body: bytes) -> str:
             index.schemas[struct.unpack_from("<H", body)[0]] = body
         elif opcode == _CHANNEL:
             _take_channel(index, body)
+        elif opcode == _METADATA:
+            name, _ = _read_string(body, 0)
+            index.metadata.append((start, _PREFIX.size + len(body), name))
         elif opcode == _MESSAGE:
             channel, _, time, _ = _MESSAGE_HEAD.unpack_from(body)
             index.loose[channel].append(time)
@@ -353,8 +383,12 @@ def _read_chunk(index: Index, start: int, body: bytes) -> Chunk:
         at += _PREFIX.size + length
     return Chunk(
         start_time, end_time, start, _PREFIX.size + len(body), compression, stored, size,
-        dict(entries),
+        dict(entries), _lengths(entries),
     )  # fmt: skip
+
+
+def _lengths(entries: Mapping[int, list[tuple[int, int]]]) -> dict[int, int]:
+    return {channel: len(times) for channel, times in entries.items()}
 
 
 def _decompress(compression: str, data: bytes) -> bytes:
@@ -408,6 +442,10 @@ def _sized(data: bytes) -> bytes:
 
 def _string(text: str) -> bytes:
     return _sized(text.encode())
+
+
+def _strings(pairs: Mapping[str, str]) -> bytes:
+    return _sized(b"".join(_string(key) + _string(value) for key, value in pairs.items()))
 
 
 def _map(numbers: Mapping[int, int]) -> bytes:

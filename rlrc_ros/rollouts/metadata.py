@@ -9,16 +9,27 @@ from typing import Any
 
 import yaml
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.files import write_atomically
 from rlrc_ros.rollouts.mcap_file import Channel, Index
+from rlrc_ros.schema import read_yaml
 
 FILE = "metadata.yaml"
 QOS_KEY = "offered_qos_profiles"
 TYPE_HASH_KEY = "topic_type_hash"
+_COMPRESSION = ("compression_format", "compression_mode")
 
 
-def write_metadata(directory: Path, files: Mapping[str, Index]) -> None:
-    """Write metadata.yaml of a bag with these MCAP files, given by name in the order of time."""
+def write_metadata(
+    directory: Path, files: Mapping[str, Index], compression: Mapping[str, str] | None = None
+) -> None:
+    """Write metadata.yaml of a bag with these MCAP files, given by name in the order of time.
+
+    Args:
+        directory: The bag's.
+        files: What is in each of them.
+        compression: What another bag's `compression_of` gave; None: messages are as they came.
+    """
     topics: dict[str, tuple[Channel, int]] = {}
     for index in files.values():
         for topic, (channel, count) in index.topics().items():
@@ -36,8 +47,7 @@ def write_metadata(directory: Path, files: Mapping[str, Index]) -> None:
             {"topic_metadata": _topic(channel), "message_count": count}
             for channel, count in topics.values()
         ],
-        "compression_format": "",
-        "compression_mode": "",
+        **(compression or dict.fromkeys(_COMPRESSION, "")),
         "relative_file_paths": list(files),
         "files": [_file(name, index) for name, index in files.items()],
         "custom_data": None,
@@ -45,6 +55,15 @@ def write_metadata(directory: Path, files: Mapping[str, Index]) -> None:
     }
     text = yaml.safe_dump({"rosbag2_bagfile_information": information}, sort_keys=False)
     write_atomically(directory / FILE, text)
+
+
+def compression_of(directory: Path) -> dict[str, str]:
+    """How a bag's messages are compressed one by one; nothing where its metadata.yaml is lost."""
+    try:
+        information = read_yaml(directory / FILE)["rosbag2_bagfile_information"]
+        return {key: str(information[key]) for key in _COMPRESSION}
+    except (UserError, KeyError, TypeError):
+        return {}
 
 
 def _topic(channel: Channel) -> dict[str, Any]:

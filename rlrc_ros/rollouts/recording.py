@@ -1,5 +1,9 @@
 """One episode's bag while it is being written.
 
+What came is handed to the operating system twice a second, so that no more than that is lost when
+this process is killed, and synced to the disk as often, in a thread of its own: a slow disk delays
+the second, not the first.
+
 `<id>.partial/` becomes `<id>/` when it is whole:
 
     <id>_0.mcap     the messages
@@ -9,12 +13,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +28,7 @@ import yaml
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.rollouts.episode import (
+    ClockJump,
     Episode,
     check_episode_id,
     now,
@@ -32,14 +39,26 @@ from rlrc_ros.rollouts.mcap_file import McapWriter
 from rlrc_ros.rollouts.metadata import QOS_KEY, TYPE_HASH_KEY, write_metadata
 
 PARTIAL = ".partial"
-SYNC_INTERVAL = 0.5
-"""How often what came is written and synced to the disk, in s."""
+WRITE_INTERVAL = 0.5
+"""How often what came is written, and how long after a sync the next one follows, in s."""
+CLOCK_JUMP = 0.1
+"""s by which the system clock has to leave the steady one between two writes to have jumped."""
 CHUNK_SIZE = 8 << 20
 """Bytes after which a chunk is written without waiting for that."""
 QUEUE_SIZE = 256 << 20
 """Bytes that may wait for the disk before messages are dropped: 4 s of two cameras at 30 Hz."""
 RESERVE_SIZE = 4 << 20
 """Bytes kept free for the index, metadata and label of a bag that has filled the disk."""
+START_METADATA, END_METADATA = "rlrc_episode", "rlrc_episode_end"
+"""Names of the records in the MCAP file that say the same as episode.json, but for the labels."""
+_KNOWN_AT_THE_START = (
+    *("episode_id", "instruction", "policy_label", "bundle_hash", "start_time", "preroll"),
+    *("robot_profile", "software", "metadata"),
+)
+_KNOWN_AT_THE_END = (
+    *("stop_time", "termination_reason", "recording_error", "dropped_messages"),
+    *("unrecorded_topics", "clock_jumps"),
+)
 _POLL = 0.05
 
 
@@ -90,11 +109,15 @@ class Recording:
         self._queue: deque[_Topic | _Message] = deque()
         # Each is written by one thread only, so that no message needs a lock.
         self._bytes_in = self._bytes_out = 0
-        self._closing = threading.Event()
+        self._closing, self._written = threading.Event(), threading.Event()
+        self._sync_error: OSError | None = None
+        self._clock_offset = _clock_offset()
         episode.start_time = now()
         episode.software = software_versions()
         self._open()
         self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
+        self._syncing = threading.Thread(target=self._sync_until_written, name="sync", daemon=True)
+        self._syncing.start()
         self._thread.start()
 
     def add_topic(
@@ -168,8 +191,9 @@ class Recording:
             self._directory.mkdir(parents=True)
             with self._reserve.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_SIZE)
-            self._mcap = McapWriter(self._directory / f"{self.uri.name}_0.mcap")
             write_episode(self._directory, self.episode)
+            self._mcap = McapWriter(self._directory / f"{self.uri.name}_0.mcap")
+            self._mcap.add_metadata(START_METADATA, _texts(self.episode, _KNOWN_AT_THE_START))
         except OSError as error:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise UserError(f"cannot record to {self._directory}: {error.strerror}") from None
@@ -185,6 +209,8 @@ class Recording:
             self.failure = f"recording ended early: {error.strerror}"
         except Exception as error:  # whatever it is, it must not end in silence
             self.failure = f"recording ended early: {type(error).__name__}: {error}"
+        self._written.set()
+        self._syncing.join()
         try:
             self._finish()
         except OSError as error:
@@ -194,7 +220,7 @@ class Recording:
             )
 
     def _write_until_closed(self) -> None:
-        self._next_sync = time.monotonic() + SYNC_INTERVAL
+        self._next_write = time.monotonic() + WRITE_INTERVAL
         closing = False
         while not closing:
             closing = self._closing.wait(_POLL)
@@ -212,21 +238,37 @@ class Recording:
             self._bytes_out += len(item.data)
 
     def _write_out_if_due(self) -> None:
-        due = time.monotonic() >= self._next_sync
+        due = time.monotonic() >= self._next_write
         if due or self._mcap.pending >= CHUNK_SIZE:
             self._mcap.write_chunk()
         if due:
-            self._mcap.sync()
-            self._next_sync = time.monotonic() + SYNC_INTERVAL
+            if self._sync_error is not None:
+                raise self._sync_error
+            self._watch_clock()
+            self._next_write = time.monotonic() + WRITE_INTERVAL
+
+    def _sync_until_written(self) -> None:
+        while not self._written.wait(WRITE_INTERVAL):
+            try:
+                self._mcap.sync()
+            except OSError as error:
+                self._sync_error = error
+                return
+
+    def _watch_clock(self) -> None:
+        offset = _clock_offset()
+        jump, self._clock_offset = offset - self._clock_offset, offset
+        if abs(jump) > CLOCK_JUMP:
+            self.episode.clock_jumps.append(ClockJump(time=now(), seconds=round(jump, 3)))
 
     def _finish(self) -> None:
         self._reserve.unlink(missing_ok=True)
-        self._mcap.close()
         index, episode = self._mcap.index, self.episode
         episode.stop_time = now()
         episode.recording_error = self.failure
         episode.dropped_messages = dict(self.dropped)
         episode.unrecorded_topics = dict(self.unrecorded)
+        self._mcap.close({END_METADATA: _texts(episode, _KNOWN_AT_THE_END)})
         episode.message_counts = {name: count for name, (_, count) in index.topics().items()}
         write_metadata(self._directory, {f"{self.uri.name}_0.mcap": index})
         write_episode(self._directory, episode)
@@ -236,3 +278,16 @@ class Recording:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _clock_offset() -> float:
+    return time.time() - time.monotonic()
+
+
+def _texts(episode: Episode, names: Sequence[str]) -> dict[str, str]:
+    """The fields that are not empty, those that are no text as JSON."""
+    values = {name: value for name, value in asdict(episode).items() if name in names and value}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in values.items()
+    }

@@ -12,7 +12,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.rollouts import episode as episodes
 from rlrc_ros.rollouts.mcap_file import Index, Scan, scan
 from rlrc_ros.rollouts.metadata import FILE as METADATA
-from rlrc_ros.rollouts.metadata import write_metadata
+from rlrc_ros.rollouts.metadata import compression_of, write_metadata
 from rlrc_ros.rollouts.recording import PARTIAL
 from rlrc_ros.rollouts.verify import mcap_files
 
@@ -46,10 +46,12 @@ def repair(uri: str | Path) -> Repaired:
         UserError: There is nothing to repair, it is being recorded right now, or there is no room.
     """
     damaged = Path(uri).resolve()
-    files = mcap_files(damaged)
     whole = damaged.with_name(damaged.name.removesuffix(PARTIAL))
     kept = whole.with_name(whole.name + DAMAGED)
     build = whole.with_name(whole.name + REPAIRING)
+    if kept.exists() and build.exists() and not damaged.exists():
+        return _finish_earlier(build, kept, whole)
+    files = _files_to_repair(damaged)
     if whole != damaged and whole.exists():
         raise UserError(f"{whole} exists already: move it or {damaged} away first")
     if kept.exists():
@@ -72,6 +74,27 @@ def repair(uri: str | Path) -> Repaired:
     return Repaired(uri=str(whole), original=str(kept), messages=messages, lost_bytes=lost)
 
 
+def _finish_earlier(build: Path, kept: Path, whole: Path) -> Repaired:
+    """End a repair that was killed after it had set the original aside."""
+    scans = {file: scan(file) for file in mcap_files(kept)}
+    lost = sum(file.stat().st_size - found.end for file, found in scans.items() if found.problem)
+    build.rename(whole)
+    messages = sum(sum(found.index.counts.values()) for found in scans.values())
+    return Repaired(uri=str(whole), original=str(kept), messages=messages, lost_bytes=lost)
+
+
+def _files_to_repair(damaged: Path) -> list[Path]:
+    """The files of a bag; without those of a recorder that was killed before it wrote anything."""
+    files = list(damaged.glob("*.mcap"))
+    if (
+        damaged.is_dir()
+        and damaged.name.endswith(PARTIAL)
+        and not any(file.stat().st_size for file in files)
+    ):
+        raise UserError(f"nothing was recorded in {damaged}: delete it")
+    return mcap_files(damaged)
+
+
 def _refuse_if_recording(files: list[Path]) -> None:
     for file in files:
         with file.open("rb") as opened:
@@ -91,7 +114,7 @@ def _rebuild(build: Path, damaged: Path, scans: dict[Path, Scan]) -> int:
         else:
             shutil.copyfile(file, build / file.name)
     indexes = {file.name: found.index for file, found in scans.items()}
-    write_metadata(build, indexes)
+    write_metadata(build, indexes, compression_of(damaged))
     if (damaged / episodes.FILE).exists():
         episodes.write_episode(build, _mended_episode(damaged, indexes, lost))
     return lost

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.profile import RobotProfile
 from rlrc_ros.rollouts import episode as episodes
 from rlrc_ros.rollouts import metadata
 from rlrc_ros.rollouts.bag import open_bag
 from rlrc_ros.rollouts.mcap_file import Index, scan
+from rlrc_ros.rollouts.profile_topics import profile_topics
 from rlrc_ros.rollouts.recording import PARTIAL
 from rlrc_ros.schema import read_yaml
 
@@ -35,6 +38,8 @@ class TopicReport:
     """s."""
     gaps: int
     """Intervals longer than `GAP_FACTOR` median intervals; 0 below ten messages."""
+    silence_at_end: float
+    """s from its last message to the last one of the bag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +61,60 @@ class BagReport:
     """None where there is no episode.json, as in bags of other recorders."""
 
 
-def verify(uri: str | Path) -> BagReport:
+def verify(uri: str | Path, profile: RobotProfile | None = None) -> BagReport:
     """Read a bag through, checksums included.
 
     Args:
-        uri: The bag's directory.
+        uri: The bag's directory, or one MCAP file.
+        profile: The robot's; what it names and the bag lacks is a problem too.
 
     Raises:
         UserError: There is no such bag at all.
     """
-    directory = Path(uri)
-    files = mcap_files(directory)
+    path = Path(uri)
+    if path.is_dir() and (path / metadata.FILE).exists() and not list(path.glob("*.mcap")):
+        report = _verify_by_reading(path)
+    else:
+        report = _verify_mcap(path)
+    if profile is not None:
+        problems = report.problems + differences_to_profile(profile, report)
+        report = replace(report, problems=problems, ok=not problems)
+    return report
+
+
+def _verify_by_reading(directory: Path) -> BagReport:
+    """A bag of another recorder in another format: whatever rosbags can read of it."""
+    times: dict[str, list[int]] = defaultdict(list)
+    types: dict[str, str] = {}
+    problems = []
+    try:
+        with open_bag(directory) as reader:
+            types = {connection.topic: connection.msgtype for connection in reader.connections}
+            for connection, stamp, _ in reader.messages():
+                times[connection.topic].append(stamp)
+    # rosbags lets through whatever sqlite3 and the decompressors raise
+    except Exception as error:
+        problems.append(f"it cannot be read to its end: {' '.join(str(error).split())}")
+    counts = {topic: len(times[topic]) for topic in types}
+    if not problems:
+        problems = _unreadable(directory) + _differences_to_metadata(directory, counts)
+    received = [stamp for stamps in times.values() for stamp in stamps]
+    end = max(received, default=0)
+    return BagReport(
+        uri=str(directory),
+        ok=not problems,
+        problems=problems,
+        losses=[],
+        messages=len(received),
+        duration=(end - min(received, default=0)) * 1e-9,
+        bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
+        topics=_topics(types, times, end),
+        episode=None,
+    )
+
+
+def _verify_mcap(directory: Path) -> BagReport:
+    files = [directory] if directory.is_file() else mcap_files(directory)
     problems: list[str] = []
     indexes: dict[str, Index] = {}
     for file in files:
@@ -86,18 +134,21 @@ def verify(uri: str | Path) -> BagReport:
         except UserError as error:
             problems.append(str(error))
     if not problems:
-        problems += _unreadable(directory) + _differences_to_metadata(directory, counts)
+        problems += _unreadable(directory)
+        if directory.is_dir():
+            problems += _differences_to_metadata(directory, counts)
         problems += _differences_to_episode(directory, episode, counts) if episode else []
     spans = [index.span for index in indexes.values() if index.span != (0, 0)]
+    end = max((span[1] for span in spans), default=0)
     return BagReport(
         uri=str(directory),
         ok=not problems,
         problems=problems,
         losses=_losses(episode) if episode else [],
         messages=sum(counts.values()),
-        duration=(max(s[1] for s in spans) - min(s[0] for s in spans)) * 1e-9 if spans else 0.0,
+        duration=(end - min((span[0] for span in spans), default=0)) * 1e-9,
         bytes=sum(file.stat().st_size for file in files),
-        topics=_topics(indexes),
+        topics=_topics(*_types_and_times(indexes), end),
         episode=episode,
     )
 
@@ -114,6 +165,32 @@ def mcap_files(directory: Path) -> list[Path]:
     if not files:
         raise UserError(f"{directory} is not a bag: it has no .mcap file")
     return files
+
+
+def differences_to_profile(profile: RobotProfile, report: BagReport) -> list[str]:
+    """What a robot's profile names and its bag lacks, one line each.
+
+    A source that was silent for longer than its `max_age` is one: a policy could not act then.
+    """
+    topics = {topic.topic: topic for topic in report.topics}
+    problems = []
+    for expected in profile_topics(profile):
+        topic = topics.get(expected.topic)
+        if topic is None or not topic.messages:
+            problems.append(f"{expected.topic} ({expected.role} of the profile) is not in the bag")
+            continue
+        if expected.type and topic.type != expected.type:
+            problems.append(
+                f"{expected.topic} is a {topic.type}; the profile's {expected.role} is a "
+                f"{expected.type}"
+            )
+        silence = max(topic.longest_interval, topic.silence_at_end)
+        if expected.max_age is not None and silence > expected.max_age:
+            problems.append(
+                f"{expected.topic} was silent for up to {silence:.3f} s, {topic.rate:.1f} Hz all in"
+                f" all; the max_age of the profile's {expected.role} is {expected.max_age:g} s"
+            )
+    return problems
 
 
 def _to_repair(directory: Path, problem: str) -> str:
@@ -172,6 +249,8 @@ def _losses(episode: episodes.Episode) -> list[str]:
         losses.append(f"{topic}: {dropped} messages were dropped, the disk was too slow")
     for topic, why in episode.unrecorded_topics.items():
         losses.append(f"{topic} was not recorded: {why}")
+    for jump in episode.clock_jumps:
+        losses.append(f"the clock jumped by {jump.seconds:+g} s, to {jump.time}: times are off")
     return losses
 
 
@@ -183,18 +262,31 @@ def _differences(file: str, says: dict[str, int], counts: dict[str, int]) -> lis
     ]
 
 
-def _topics(indexes: dict[str, Index]) -> list[TopicReport]:
+def _types_and_times(
+    indexes: Mapping[str, Index],
+) -> tuple[dict[str, str], dict[str, list[int]]]:
     times: dict[str, list[int]] = defaultdict(list)
     types: dict[str, str] = {}
     for index in indexes.values():
         for channel_id, channel in index.channels.items():
             types[channel.topic] = channel.type_name
             times[channel.topic] += index.times(channel_id)
-    return [_topic(topic, types[topic], np.array(times[topic])) for topic in sorted(types)]
+    return types, times
 
 
-def _topic(topic: str, type_name: str, times: np.ndarray) -> TopicReport:
-    intervals = np.diff(np.sort(times)) * 1e-9
+def _topics(
+    types: Mapping[str, str], times: Mapping[str, list[int]], end: int
+) -> list[TopicReport]:
+    """Of each topic, given the times of receipt in ns, and when the bag ends."""
+    return [
+        _topic(topic, types[topic], np.array(times.get(topic, ()), np.int64), end)
+        for topic in sorted(types)
+    ]
+
+
+def _topic(topic: str, type_name: str, times: np.ndarray, end: int) -> TopicReport:
+    times = np.sort(times)
+    intervals = np.diff(times) * 1e-9
     span = float(intervals.sum())
     enough = len(times) >= _FEWEST
     return TopicReport(
@@ -204,4 +296,5 @@ def _topic(topic: str, type_name: str, times: np.ndarray) -> TopicReport:
         rate=len(intervals) / span if span else 0.0,
         longest_interval=float(intervals.max(initial=0.0)),
         gaps=int((intervals > GAP_FACTOR * np.median(intervals)).sum()) if enough else 0,
+        silence_at_end=(end - int(times[-1])) * 1e-9 if len(times) else 0.0,
     )

@@ -140,9 +140,10 @@ class ActionCodecConfig:
         _refuse_below(2, "action codec", n_bins=self.n_bins)
         if not len(self.q01) == len(self.q99) == len(self.mask):
             raise UserError("action codec: q01, q99 and mask must have the same length")
-        if any(m and not lo < hi for lo, hi, m in zip(self.q01, self.q99, self.mask, strict=True)):
+        if any(m and not lo <= hi for lo, hi, m in zip(self.q01, self.q99, self.mask, strict=True)):
             raise UserError(
-                "action codec: q01 must be below q99 in every dimension that mask scales"
+                "action codec: q01 must be below q99 in every dimension that mask scales, or equal "
+                "where that does not move"
             )
 
     @property

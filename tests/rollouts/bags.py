@@ -12,6 +12,9 @@ from rlrc_ros.rollouts.recording import Recording
 STRING = "std_msgs/msg/String"
 # as the installed std_msgs has it; these tests need no ROS
 STRING_DEFINITION = "string data\n"
+IMAGE, JOINTS = "sensor_msgs/msg/Image", "sensor_msgs/msg/JointState"
+POSE, TWIST = "geometry_msgs/msg/PoseStamped", "geometry_msgs/msg/TwistStamped"
+ARRAY = "std_msgs/msg/Float64MultiArray"
 SECOND = 10**9
 FOREVER = {"sec": 9223372036, "nsec": 854775807}
 QOS = {
@@ -44,6 +47,25 @@ def record(directory, texts, episode_id="e1", period=SECOND // 10, **fields):
         recording.write(channel, 100 * SECOND + k * period, 99 * SECOND, string(text))
     recording.close("finished")
     assert not recording.failure
+    return recording.uri
+
+
+def robot_bag(directory, camera=30, joints=100, seconds=2.0, stops=None, image=IMAGE):
+    """A bag with the simulated arm's topics, no message in any; its directory.
+
+    Args:
+        camera, joints: Hz.
+        stops: s after which the camera falls silent.
+    """
+    recording = Recording(directory, Episode(episode_id="e1"))
+    rates = {"/camera/front/image_raw": (image, camera), "/joint_states": (JOINTS, joints)}
+    rates |= {"/ee_pose": (POSE, 50), "/ee_command": (TWIST, 10), "/gripper_command": (ARRAY, 10)}
+    for topic, (type_name, rate) in rates.items():
+        channel = recording.add_topic(topic, type_name, "", [QOS], "")
+        camera_end = stops if stops and topic.startswith("/camera") else seconds
+        for k in range(int(rate * min(seconds, camera_end))):
+            recording.write(channel, 100 * SECOND + int(k * SECOND / rate), 0, b"")
+    recording.close("finished")
     return recording.uri
 
 

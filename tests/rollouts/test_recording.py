@@ -2,11 +2,13 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from mcap.reader import make_reader
 from rosbags.highlevel import AnyReader
 
 from rlrc_ros.errors import UserError
@@ -14,8 +16,18 @@ from rlrc_ros.rollouts import recording as recordings
 from rlrc_ros.rollouts.bag import read_messages
 from rlrc_ros.rollouts.episode import Episode, read_episode
 from rlrc_ros.rollouts.recording import Recording
+from rlrc_ros.rollouts.repair import repair
 from rlrc_ros.rollouts.verify import verify
-from tests.rollouts.bags import QOS, SECOND, STRING, STRING_DEFINITION, STRING_HASH, record, string
+from tests.rollouts.bags import (
+    QOS,
+    SECOND,
+    STRING,
+    STRING_DEFINITION,
+    STRING_HASH,
+    damage,
+    record,
+    string,
+)
 
 
 def begin(directory, episode_id="e1"):
@@ -75,6 +87,58 @@ def test_the_episode_says_how_it_went(tmp_path):
     assert episode.message_counts == {"/text": 1}
     assert episode.termination_reason == "finished" and episode.outcome == "unlabelled"
     assert episode.software["python"] and episode.software["rlrc-ros"]
+
+
+def test_the_mcap_file_alone_says_what_it_is(tmp_path):
+    fields = {"policy_label": "A", "metadata": {"seed": 3}, "robot_profile": {"name": "sim"}}
+    bag = record(tmp_path, ["one"], instruction="wave", **fields)
+    with (bag / "e1_0.mcap").open("rb") as file:
+        found = {record.name: record.metadata for record in make_reader(file).iter_metadata()}
+    start, end = found["rlrc_episode"], found["rlrc_episode_end"]
+    assert (start["instruction"], start["policy_label"]) == ("wave", "A")
+    assert json.loads(start["metadata"]) == {"seed": 3}
+    assert json.loads(start["robot_profile"]) == {"name": "sim"}
+    assert json.loads(start["software"])["python"] and start["start_time"] < end["stop_time"]
+    assert end["termination_reason"] == "finished"
+    # and again where the file was cut off and repaired: what was known when it began
+    damage(bag, 40)
+    repair(bag)
+    with (bag / "e1_0.mcap").open("rb") as file:
+        names = [record.name for record in make_reader(file).iter_metadata()]
+    assert names == ["rlrc_episode", "rlrc_episode_end"]
+
+
+def test_jumps_of_the_clock_are_noted(tmp_path, monkeypatch):
+    recording, _ = begin(tmp_path)
+    before = recordings._clock_offset
+    monkeypatch.setattr(recordings, "_clock_offset", lambda: before() - 30.0)
+    end = time.monotonic() + 5.0
+    while not recording.episode.clock_jumps and time.monotonic() < end:
+        time.sleep(0.05)
+    recording.close("finished")
+    (jump,) = read_episode(recording.uri).clock_jumps
+    assert jump.seconds == pytest.approx(-30.0, abs=0.05)
+    report = verify(recording.uri)
+    assert report.ok and "the clock jumped by -30" in report.losses[0]
+
+
+def test_a_slow_sync_delays_no_message(tmp_path, monkeypatch):
+    syncing, free = threading.Event(), threading.Event()
+
+    def sync(_):
+        syncing.set()
+        free.wait(20.0)
+
+    monkeypatch.setattr(recordings.McapWriter, "sync", sync)
+    recording, channel = begin(tmp_path)
+    assert syncing.wait(10.0)
+    recording.write(channel, 1, 1, string("here I am"))
+    file, end = tmp_path / "e1.partial" / "e1_0.mcap", time.monotonic() + 10.0
+    while b"here I am" not in file.read_bytes() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert b"here I am" in file.read_bytes()
+    free.set()
+    recording.close("finished")
 
 
 def test_an_episode_without_messages_is_a_bag_too(tmp_path):

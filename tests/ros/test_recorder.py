@@ -1,15 +1,16 @@
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from geometry_msgs.msg import PoseStamped
+from rlrc.msg import RecorderStatus
 from rlrc.srv import LabelEpisode, StartRecording, StopRecording
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from rlrc_ros.nodes.common import SENSOR_QOS
+from rlrc_ros.nodes.common import LATCHED_QOS, SENSOR_QOS
 from rlrc_ros.rollouts.bag import open_bag, read_messages
 from rlrc_ros.rollouts.episode import read_episode
 from rlrc_ros.rollouts.repair import INTERRUPTED, repair
@@ -51,7 +52,8 @@ def sent(ros, talker):
     return [int(word) for word in talker.output.split()[1:]]
 
 
-def test_every_message_is_in_the_bag_byte_by_byte(ros, start, recorder):
+def test_every_message_is_in_the_bag_byte_by_byte(ros, start, tmp_path):
+    recorder = Recorder(ros, start, tmp_path / "bags", preroll=0.0)
     talker = talk(start, 2, 3.0, "1")
     ros.published("joint_states")
     heard = {"/camera1/image": [], "/joint_states": []}
@@ -97,6 +99,59 @@ def test_every_message_is_in_the_bag_byte_by_byte(ros, start, recorder):
     assert (episode.termination_reason, episode.outcome) == ("finished", "unlabelled")
     assert episode.message_counts["/joint_states"] == joints
     assert not {"/rosout", "/parameter_events"} & set(episode.message_counts)
+
+
+def test_a_bag_begins_before_its_episode(ros, start, tmp_path):
+    recorder = Recorder(ros, start, tmp_path / "bags", preroll=2.0)
+    statuses = ros.collect(RecorderStatus, "recorder/status")
+    latched = ros.node.create_publisher(String, "robot_description", LATCHED_QOS)
+    latched.publish(String(data="<robot/>"))
+    text = ros.publisher(String, "text")
+    for number in range(3):
+        text.publish(String(data=str(number)))
+        ros.spin(0.1)
+    for k, heard in enumerate((["0", "1", "2", "in e0"], ["between", "in e1"])):
+        response = recorder.start(f"e{k}")
+        assert response.success, response.message
+        text.publish(String(data=f"in e{k}"))
+        ros.spin(0.2)
+        assert recorder.stop().success
+        bag = Path(response.uri)
+        assert [m.data for _, m, _ in read_messages(bag, ["/text"])] == heard
+        # said once, before the first episode, and in the bag of each
+        descriptions = read_messages(bag, ["/robot_description"])
+        assert [m.data for _, m, _ in descriptions] == ["<robot/>"]
+        assert verify(bag).ok and read_episode(bag).preroll == 2.0
+        text.publish(String(data="between"))
+        ros.spin(0.1)
+    states = [(status.state, status.episode_id) for _, status in statuses]
+    assert ("recording", "e0") in states and states[-1] == ("idle", "")
+    assert statuses[-1][1].free_bytes > 0
+
+
+def test_a_profile_says_what_to_record_and_stands_in_the_bag(ros, start, tmp_path):
+    parameters = {"profile": "sim", "profile_topics_only": "true"}
+    recorder = Recorder(ros, start, tmp_path / "bags", **parameters)
+    other = ros.node.create_publisher(String, "other", 10)
+    pose = ros.publisher(PoseStamped, "ee_pose", SENSOR_QOS)
+    uri = Path(recorder.start().uri)
+    other.publish(String(data="not of the robot"))
+    pose.publish(PoseStamped())
+    ros.spin(0.2)
+    assert recorder.stop().success
+    episode = read_episode(uri)
+    assert episode.message_counts["/ee_pose"] == 1 and "/other" not in episode.message_counts
+    assert "/recorder/status" not in episode.message_counts
+    assert episode.unrecorded_topics["/joint_states"] == "nobody published it"
+    assert episode.robot_profile["name"] == "sim"
+    assert episode.robot_profile["guard"]["workspace_max"] == [0.75, 0.33, 0.4]
+
+
+def test_a_recorder_with_a_profile_that_is_none_ends_in_one_line(start, tmp_path):
+    for profile, line in (("absent", "absent: no such file"), ("{", "profile is not JSON")):
+        process = start("recorder_node", {"output_dir": tmp_path, "profile": f"'{profile}'"})
+        assert process.wait(30.0) == 2
+        assert line in process.output and "Traceback" not in process.output
 
 
 def test_after_sigkill_repair_brings_back_all_but_the_last_second(ros, start, recorder, tmp_path):
@@ -227,27 +282,15 @@ def test_sigterm_closes_the_bag(ros, recorder):
     assert read_episode(uri).termination_reason == "recorder_shutdown"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 20 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a small disk can only be mounted by root")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 def test_a_full_disk_ends_the_recording_and_nothing_else(ros, start, small_disk):
     recorder = Recorder(ros, start, small_disk)
+    statuses = ros.collect(RecorderStatus, "recorder/status")
     talk(start, 1, 60.0, "1", "2")
     ros.published("joint_states")
     uri = Path(recorder.start().uri)
     assert ros.until(uri.is_dir, 40.0), "the bag is finished when the disk is full"
-    ros.spin(0.6)
+    full = "recording ended early: No space left on device"
+    assert ros.until(lambda: (statuses[-1][1].state, statuses[-1][1].message) == ("failed", full))
     stopped = recorder.stop("operator_stop")
     assert not stopped.success and stopped.uri == str(uri)
     assert stopped.message == "recording ended early: No space left on device"

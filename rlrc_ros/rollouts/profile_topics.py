@@ -1,0 +1,49 @@
+"""The topics of a robot profile: what a recording of that robot has to hold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rlrc_ros.profile import CameraSource, RobotProfile
+
+OWN_TOPICS = (
+    *("policy_command", "policy/status", "command_guard/status", "emergency_stop"),
+    *("/diagnostics", "/tf", "/tf_static", "/robot_description"),
+)
+"""Recorded with those of the profile where somebody publishes them."""
+
+
+class ProfileTopic(NamedTuple):
+    """A topic that a profile names."""
+
+    topic: str
+    """Absolute; relative ones of the profile taken for those of the root namespace."""
+    role: str
+    """Its key in the profile."""
+    type: str
+    """As in sensor_msgs/msg/Image; empty where more than one will do."""
+    max_age: float | None
+    """s that the source may be silent; None where the profile sets no limit."""
+
+
+def profile_topics(profile: RobotProfile) -> list[ProfileTopic]:
+    """The topics of a profile."""
+    topics = [
+        ProfileTopic(_absolute(camera.topic), f"cameras.{name}", _image(camera), camera.max_age)
+        for name, camera in profile.cameras.items()
+    ]
+    joints = profile.joint_states
+    kind = "sensor_msgs/msg/JointState"
+    topics.append(ProfileTopic(_absolute(joints.topic), "joint_states", kind, joints.max_age))
+    for role in ("ee_pose", "ee_command", "gripper_command"):
+        kind = "geometry_msgs/msg/PoseStamped" if role == "ee_pose" else ""
+        topics.append(ProfileTopic(_absolute(getattr(profile, role)), role, kind, None))
+    return topics
+
+
+def _absolute(topic: str) -> str:
+    return "/" + topic.lstrip("/")
+
+
+def _image(camera: CameraSource) -> str:
+    return f"sensor_msgs/msg/{'CompressedImage' if camera.compressed else 'Image'}"

@@ -1,0 +1,313 @@
+"""What breaks while an episode is recorded: the arm stops, it is said why, the bag is kept."""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import TwistStamped
+from rclpy.action.client import ActionClient
+from rlrc.action import RunEpisode
+from rlrc.msg import GuardStatus, PolicyCommand
+from sensor_msgs.msg import JointState
+
+from rlrc_ros import bringup
+from rlrc_ros.messages.command import command_arrays, twist_array
+from rlrc_ros.nodes.common import COMMAND_QOS
+from rlrc_ros.profile import load_profile
+from rlrc_ros.rollouts.bag import read_messages
+from rlrc_ros.rollouts.episode import read_episode
+from rlrc_ros.rollouts.repair import INTERRUPTED, repair
+from rlrc_ros.rollouts.verify import verify
+from tests.ros.conftest import a_tester
+from tests.ros.test_recorder import TALKER, Recorder, sent
+
+INSTRUCTION = "put the red cube on the blue plate"
+
+
+class Stack:
+    """The simulated robot's nodes, each of which can be killed and started again."""
+
+    def __init__(self, ros, start, bundle, directory, namespace="", environment=None):
+        self.ros, self._start, self._namespace = ros, start, namespace
+        self._environment = environment
+        profile = load_profile("sim")
+        camera = replace(profile.cameras["front"], max_age=0.5)
+        joints = replace(profile.joint_states, max_age=0.5)
+        profile = replace(profile, cameras={"front": camera}, joint_states=joints)
+        self.bags = directory / "bags"
+        specs = bringup.nodes(
+            profile, output_dir=str(self.bags), policies={"original": str(bundle.path)}
+        )
+        self.specs = {spec.executable: spec for spec in specs}
+        self.processes = {name: self.start(name) for name in self.specs}
+        self.twists = ros.collect(TwistStamped, "ee_command", COMMAND_QOS)
+        self.commands = ros.collect(PolicyCommand, "policy_command")
+        self._diagnostics = ros.collect(DiagnosticArray, "/diagnostics")
+        self._action = ActionClient(ros.node, RunEpisode, "policy/run_episode")
+
+    def start(self, name):
+        words = [*self.specs[name].command(), "-r", f"__ns:=/{self._namespace}"]
+        return self._start(words, environment=self._environment)
+
+    def send(self, name, number):
+        self.processes[name].send(number)
+        if number == signal.SIGKILL:
+            self.processes[name].wait()
+
+    def restart(self, name):
+        self.processes[name] = self.start(name)
+
+    def begin(self, episode_id, seconds=60.0):
+        """A recorded episode in which the arm has moved for 1 s; the future of its result.
+
+        Asked for again until the recorder has been found and the policy takes the goal.
+        """
+        goal = RunEpisode.Goal(instruction=INSTRUCTION, max_duration=seconds, record=True)
+        goal.episode_id = episode_id
+        self.twists.clear(), self.commands.clear()
+        assert self.ros.until(self._action.server_is_ready, 60.0), "the policy node does not start"
+        outcome = []
+
+        def begun():
+            if any(twist_array(m.twist).any() for _, m in self.twists):
+                return True
+            if not outcome or outcome[-1].done():
+                sent = self._action.send_goal_async(goal)
+                if self.ros.until(sent.done, 5.0) and sent.result().accepted:
+                    outcome.append(sent.result().get_result_async())
+            return False
+
+        assert self.ros.until(begun, 40.0), "the arm does not move"
+        self.ros.spin(1.0)
+        return outcome[-1]
+
+    def result(self, future):
+        assert self.ros.until(future.done, 30.0), "the episode does not end"
+        return future.result().result
+
+    def stopped(self):
+        """The policy's last command and the guard's say stop."""
+
+        def stands():
+            said = self.commands and not command_arrays(self.commands[-1][1]).twist.any()
+            return said and not twist_array(self.twists[-1][1].twist).any()
+
+        return self.ros.until(stands)
+
+    def diagnosed(self, name, words):
+        """Whether a node's diagnostics come to say so."""
+
+        def said():
+            statuses = [s for _, m in self._diagnostics for s in m.status]
+            return any(s.name.endswith(name) and words in s.message for s in statuses)
+
+        return self.ros.until(said)
+
+
+@pytest.fixture(scope="module")
+def stack(ros_environment, start_shared, bundles, tmp_path_factory):
+    with a_tester("faults") as ros:
+        directory = tmp_path_factory.mktemp("stack")
+        yield Stack(ros, start_shared, bundles["original"], directory, "faults")
+
+
+def test_an_episode_ends_when_its_recorder_dies(stack):
+    result = stack.begin("dead")
+    stack.send("recorder_node", signal.SIGKILL)
+    assert stack.stopped()
+    result = stack.result(result)
+    assert result.termination_reason == "recording_lost"
+    assert "without a word that it records dead" in result.message
+    bag = Path(repair(stack.bags / "dead.partial").uri)
+    report = verify(bag)
+    assert report.ok and report.episode.termination_reason == INTERRUPTED
+    assert report.episode.instruction == INSTRUCTION and report.messages > 10
+    stack.restart("recorder_node")
+    result = stack.result(stack.begin("alive", 3.0))
+    assert (result.termination_reason, result.message) == ("timeout", "after 3 s")
+    report = verify(stack.bags / "alive")
+    assert report.ok and report.episode.robot_profile["name"] == "sim"
+
+
+def test_an_episode_ends_when_its_recorder_freezes_and_its_bag_is_closed_when_it_thaws(stack):
+    result = stack.begin("frozen")
+    stack.send("recorder_node", signal.SIGSTOP)
+    try:
+        assert stack.stopped()
+    finally:
+        stack.send("recorder_node", signal.SIGCONT)
+    assert stack.result(result).termination_reason == "recording_lost"
+    assert stack.ros.until((stack.bags / "frozen").is_dir)
+    report = verify(stack.bags / "frozen")
+    assert report.ok and report.episode.termination_reason == "recording_lost"
+
+
+def test_an_arm_that_freezes_ends_the_episode_and_nothing_recorded_is_lost(stack):
+    result = stack.begin("still")
+    stack.send("sim_arm_node", signal.SIGSTOP)
+    try:
+        assert stack.stopped()
+        assert stack.result(result).termination_reason in ("observation_lost", "guard_stop")
+    finally:
+        stack.send("sim_arm_node", signal.SIGCONT)
+    report = verify(stack.bags / "still")
+    assert report.ok and not report.episode.recording_error
+    topics = {topic.topic: topic for topic in report.topics}
+    assert topics["/faults/joint_states"].messages > 10
+    assert topics["/faults/joint_states"].silence_at_end > 0.5
+    assert stack.result(stack.begin("moving", 3.0)).termination_reason == "timeout"
+
+
+@pytest.fixture
+def recording_to_small_disk(stack, small_disk):
+    def move(output_dir):
+        stack.processes["recorder_node"].stop()
+        stack.specs["recorder_node"].parameters["output_dir"] = str(output_dir)
+        stack.restart("recorder_node")
+
+    (small_disk / "ballast").write_bytes(bytes(13 << 20))
+    move(small_disk)
+    yield small_disk
+    move(stack.bags)
+
+
+def test_a_full_disk_ends_the_episode_and_says_so(stack, recording_to_small_disk):
+    result = stack.begin("full")
+    assert stack.stopped()
+    result = stack.result(result)
+    assert result.termination_reason == "recording_lost"
+    assert "No space left on device" in result.message
+    assert stack.diagnosed("recorder", "No space left on device")
+    report = verify(recording_to_small_disk / "full")
+    assert report.ok and report.losses == ["recording ended early: No space left on device"]
+    assert report.episode.termination_reason == "recording_lost"
+
+
+def test_arm_and_recorder_may_die_together(stack):
+    result = stack.begin("both")
+    for name in ("sim_arm_node", "recorder_node"):
+        stack.processes[name].send(signal.SIGKILL)
+    assert stack.stopped()
+    reason = stack.result(result).termination_reason
+    assert reason in ("observation_lost", "recording_lost", "guard_stop")
+    assert verify(repair(stack.bags / "both.partial").uri).ok
+
+
+@pytest.fixture
+def clock(tmp_path):
+    """(environment, set): a process with it has a system clock that `set` puts off by s."""
+    library, offset = tmp_path / "clock.so", tmp_path / "offset"
+    source = Path(__file__).with_name("clock.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    offset.write_text("0")
+
+    def set_(seconds):
+        new = tmp_path / "offset.new"
+        new.write_text(str(seconds))
+        new.rename(offset)
+
+    return {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(offset)}, set_
+
+
+def test_recording_goes_on_when_the_clock_is_set(ros, start, tmp_path, clock):
+    environment, set_clock = clock
+    recorder = Recorder(ros, start, tmp_path / "bags", environment, preroll=0.0)
+    talker = start([sys.executable, TALKER, 2, 5.0])
+    heard = ros.collect(JointState, "joint_states")
+    diagnostics = ros.collect(DiagnosticArray, "/diagnostics")
+    ros.published("joint_states")
+    uri = Path(recorder.start().uri)
+    for seconds, positions in ((1000, 100), (-500, 320)):
+        assert ros.until(lambda n=positions: heard and heard[-1][1].position[0] > n)
+        set_clock(seconds)
+    _, joints = sent(ros, talker)
+    words = "the clock jumped by -1500 s"
+    assert ros.until(lambda: any(words in s.message for _, m in diagnostics for s in m.status))
+    assert recorder.stop().success
+    report = verify(uri)
+    assert report.ok, report.problems
+    jumps = [round(jump.seconds) for jump in read_episode(uri).clock_jumps]
+    assert jumps == [1000, -1500]
+    assert len(report.losses) == 2 and "the clock jumped by +1000" in report.losses[0]
+    positions = [m.position[0] for _, m, _ in read_messages(uri, ["/joint_states"])]
+    assert sorted(positions) == list(range(joints)), "a message is lost"
+
+
+DISCOVERY_SERVER = """<?xml version="1.0" encoding="UTF-8"?>
+<dds xmlns="http://www.eprosima.com"><profiles>
+  <participant profile_name="server" is_default_profile="true"><rtps>
+    <!-- what ROS_DISCOVERY_SERVER takes its first server to be called -->
+    <prefix>44.53.00.5f.45.50.52.4f.53.49.4d.41</prefix>
+    <builtin>
+      <discovery_config><discoveryProtocol>SERVER</discoveryProtocol></discovery_config>
+      <metatrafficUnicastLocatorList>
+        <locator><udpv4><address>127.0.0.1</address><port>{port}</port></udpv4></locator>
+      </metatrafficUnicastLocatorList>
+    </builtin>
+  </rtps></participant>
+</profiles></dds>
+"""
+SERVE = "import rclpy, time; rclpy.init(); node = rclpy.create_node('server'); time.sleep(100)"
+
+
+def test_nodes_that_find_each_other_ten_seconds_late(ros_environment, start, tmp_path, monkeypatch):
+    """They find nobody before a discovery server, and that is late."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    profiles = tmp_path / "server.xml"
+    profiles.write_text(DISCOVERY_SERVER.format(port=port))
+    monkeypatch.setenv("ROS_DISCOVERY_SERVER", f"127.0.0.1:{port}")
+    # Or the server tells a node only of the topics that it names itself.
+    monkeypatch.setenv("ROS_SUPER_CLIENT", "TRUE")
+    with a_tester() as ros:
+        recorder = Recorder(ros, start, tmp_path / "bags")
+        start("command_guard_node")
+        talker = start([sys.executable, TALKER, 2, 2.0])
+        heard = ros.collect(JointState, "joint_states")
+        statuses = ros.collect(GuardStatus, "command_guard/status")
+        twists = ros.collect(TwistStamped, "ee_command", COMMAND_QOS)
+        ros.spin(10.0)
+        assert not heard and not statuses and not ros.node.count_publishers("joint_states")
+        environment = dict.fromkeys(bringup.TRANSPORT_ENVIRONMENT, str(profiles))
+        environment |= {"ROS_DISCOVERY_SERVER": "", "ROS_SUPER_CLIENT": ""}
+        start([sys.executable, "-c", SERVE], environment=environment)
+        ros.published("joint_states")
+        uri = Path(recorder.start().uri)
+        _, joints = sent(ros, talker)
+        assert ros.until(lambda: len(heard) == joints and statuses)
+        assert recorder.stop().success
+        counts = read_episode(uri).message_counts
+        assert counts["/joint_states"] == joints
+        assert counts["/command_guard/status"] > 10 and verify(uri).ok
+        assert statuses[-1][1].state == "waiting" and not twists
+
+
+@contextlib.contextmanager
+def enclaves(tmp_path):
+    """A keystore of an enclave `/`, as far as it can be made without sros2: no valid signatures."""
+    directory = tmp_path / "keystore" / "enclaves"
+    directory.mkdir(parents=True)
+    names = ("identity_ca.cert", "cert", "key", "permissions_ca.cert")
+    for name in (*(f"{name}.pem" for name in names), "governance.p7s", "permissions.p7s"):
+        (directory / name).write_text("nothing that anybody signed")
+    yield {
+        "ROS_SECURITY_ENABLE": "true",
+        "ROS_SECURITY_STRATEGY": "Enforce",
+        "ROS_SECURITY_KEYSTORE": str(tmp_path / "keystore"),
+    }
+
+
+def test_a_node_that_cannot_be_secured_as_it_is_told_does_not_run(start, tmp_path):
+    with enclaves(tmp_path) as environment:
+        for executable in ("recorder_node", "command_guard_node"):
+            process = start(executable, environment=environment)
+            assert process.wait(30.0) == 2
+            assert "Traceback" not in process.output
+            assert f"{executable}: error creating node" in process.output
