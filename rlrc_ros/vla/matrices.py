@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrc_ros.vla.quantization import bitsandbytes, is_quantized
+from rlrc_ros.vla.quantization import Int8Linear, bitsandbytes, is_quantized
 
 NF4_BLOCK = 64
 UNPACKED_ROWS = 8192
@@ -64,10 +64,14 @@ class Matrix:
 def held(linears: list[Any], dtype: torch.dtype) -> Matrix:
     """Matrices with the same inputs as one, as they are stored: dense or bitsandbytes' NF4.
 
+    int8 becomes dense: there is no kernel for it here yet.
+
     dtype: what the model computes in.
     """
     if not is_quantized(linears[0]):
         return _dense([linear.weight.detach() for linear in linears])
+    if isinstance(linears[0], Int8Linear):
+        return _dense([linear.dequantized(dtype) for linear in linears])
     functional = bitsandbytes().functional
     states = [linear.weight.quant_state for linear in linears]
     if any(state.blocksize != NF4_BLOCK or state.shape[1] % NF4_BLOCK for state in states):

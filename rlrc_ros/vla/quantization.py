@@ -93,6 +93,10 @@ class Int8Linear(nn.Module):
         weight = torch.cat([linear.weight for linear in linears])
         return cls(weight, torch.cat([linear.SCB for linear in linears]), None)
 
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weights that the integers stand for, (outputs, inputs)."""
+        return (self.weight * (self.SCB[:, None] / 127)).to(dtype)
+
     @property
     def nbytes(self) -> int:
         """Of the weights as they are held."""

@@ -106,11 +106,43 @@ def test_torch_pruning_couples_heads_as_we_do():
     assert coupled == {*rows, (attention.o_proj, "prune_in_channels")}
 
 
-def test_a_cut_that_leaves_grouped_heads_is_caught(monkeypatch, trainable, batches):
-    """As torch-pruning's own pruner does with grouped queries: it removes nothing and says so not.
+def by_torch_pruning_alone(model, heads, kv_heads):
+    """Three quarters of heads and channels away, as torch-pruning's documentation does it."""
+    decoder = model.language_model.model
+    counts = {}
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        counts |= {attention.q_proj: heads, attention.k_proj: kv_heads, attention.v_proj: kv_heads}
+    outputs = [m for x in decoder.layers for m in (x.self_attn.o_proj, x.mlp.down_proj)]
+    pruner = tp.pruner.BasePruner(
+        decoder,
+        {"inputs_embeds": torch.zeros(1, 4, 64), "use_cache": False},
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.75,
+        head_pruning_ratio=0.75,
+        num_heads=counts,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        ignored_layers=[decoder.norm, *outputs],
+    )
+    for group in pruner.step(interactive=True):
+        group.prune()
 
-    Here nothing at all is cut from attention, whatever is asked.
-    """
+
+def test_heads_that_torch_pruning_leaves_with_grouped_queries_are_caught():
+    """Asked for a quarter, its own pruner keeps all of them, and says nothing."""
+    single, grouped = (random_model(bundle_config(((8, kv, 128),) * 2)) for kv in (8, 2))
+    by_torch_pruning_alone(single, 8, 8)
+    by_torch_pruning_alone(grouped, 8, 2)
+    prune._refuse_other_widths(layer_widths(single.language_model), (LayerWidths(2, 2, 32),) * 2)
+    assert layer_widths(grouped.language_model) == (LayerWidths(8, 2, 32),) * 2
+    with pytest.raises(UserError, match=r"left layer 0 .*heads=8.* not .*heads=4"):
+        prune._refuse_other_widths(
+            layer_widths(grouped.language_model), (LayerWidths(4, 1, 32),) * 2
+        )
+
+
+def test_a_cut_that_does_nothing_is_caught_on_the_way(monkeypatch, trainable, batches):
     monkeypatch.setattr(prune, "_cut_heads", lambda attention, chosen: None)
     policy = trainable(((4, 2, 128),) * 5)
     with pytest.raises(UserError, match=r"torch-pruning left layer 0 .*heads=4.* not .*heads=2"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.vla import quantization
+from rlrc_ros.vla import matrices, quantization
 from rlrc_ros.vla.bundle import open_bundle, provenance, write_bundle
 from rlrc_ros.vla.config import QuantizationConfig
 from rlrc_ros.vla.engine import EagerEngine, UnrolledEngine
@@ -74,6 +74,17 @@ def test_int8_runs_fused_and_eager_alike_and_tells_what_it_holds(tmp_path):
         unrolled.weight_bytes()["llm"]
         < 0.5 * EagerEngine(random_model(bundle_config())).weight_bytes()["llm"]
     )
+
+
+def test_engines_that_know_no_int8_take_what_it_stands_for(tmp_path):
+    model, _ = written(tmp_path / "bundle", INT8)
+    attention = model.language_model.model.layers[0].self_attn
+    whole = random_model(bundle_config()).language_model.model.layers[0].self_attn
+    linears, exact = ([getattr(block, f"{p}_proj") for p in "qkv"] for block in (attention, whole))
+    found = matrices.held(linears, torch.float32)
+    expected = torch.cat([linear.weight for linear in exact])
+    assert found.scales is None and found.shape == tuple(expected.shape)
+    assert (found.data - expected).abs().max() <= 0.6 * expected.abs().max() / 127
 
 
 def test_a_bias_and_other_dtypes(tmp_path):
