@@ -281,8 +281,10 @@ def _policy(
     if missing:
         problem = f"it looks through {', '.join(missing)}; cameras: {', '.join(profile.cameras)}"
     contract, state = config.proprioception, listeners["joint_states"].last
-    if not problem and contract is not None and state is not None:
-        problem = _joints_problem(state, list(contract.joints))
+    if not problem and contract is not None:
+        problem = "its joints cannot be compared: no joint state came"
+        if state is not None:
+            problem = _joints_problem(state, list(contract.joints))
     cameras = ", ".join(camera.name for camera in config.cameras)
     joints = len(contract.joints) if contract is not None else 0
     detail = f"cameras {cameras}; {joints} joints; {config.control_rate:g} Hz"

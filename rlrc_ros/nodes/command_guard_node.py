@@ -164,6 +164,8 @@ class CommandGuardNode(Node):
         command = self._twist(output) if self._target is None else self._pose(now, output)
         if self._dry_run or command is None:
             return
+        if time.monotonic() - now > self._guard.limits.controller_timeout:
+            return  # held up since it was decided: the arm stands, and the next step begins there
         command.header.stamp = self.get_clock().now().to_msg()
         command.header.frame_id = self._guard.limits.base_frame
         self._command_publisher.publish(command)

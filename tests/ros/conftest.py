@@ -25,6 +25,7 @@ else:
     from rlrc_ros.vla.bundle import provenance, write_bundle
     from rlrc_ros.vla.processor import word_tokenizer
     from tests.conftest import WORDS, bundle_config, random_model
+    from tests.ros.policy_robot import Robot, numbers, parameters
 
 BIN = Path(sys.executable).parent
 DISCOVERY_TIME = 20.0
@@ -257,3 +258,35 @@ def small_disk(tmp_path):
         pytest.skip("a small disk can only be mounted by root")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def shared_robot(start_shared, bundles):
+    process = start_shared("policy_node", parameters(bundles), remappings={"__ns": "/shared"})
+    with a_tester("shared") as ros:
+        yield Robot(ros, process).ready()
+
+
+@pytest.fixture
+def robot(shared_robot, bundles):
+    """The robot that the tests of this module share, in order and with 'original' active."""
+    shared_robot.repair()
+    assert shared_robot.ros.until(lambda: shared_robot.states[-1][1].state == "idle")
+    for label in ("compressed", "original"):
+        assert shared_robot.load(label).success
+    shared_robot.commands.clear()
+    return shared_robot
+
+
+@pytest.fixture
+def own_robot(start, bundles):
+    """own_robot(parameters …) → Robot with a policy node of the test's own."""
+    with a_tester(name := f"own{next(numbers)}") as ros:
+
+        def make(**changes):
+            process = start(
+                "policy_node", parameters(bundles, **changes), remappings={"__ns": f"/{name}"}
+            )
+            return Robot(ros, process)
+
+        yield make
