@@ -2,19 +2,27 @@
 
     ros2 launch rlrc sim.launch.py output_dir:=runs/rollouts
 
-The arguments are those of robot.launch.py, but for the profile: that is config/robots/sim.yaml.
+The robot is config/robots/sim.yaml. When a node ends, all of them are stopped.
 """
 
-from pathlib import Path
+from launch import LaunchContext, LaunchDescription
+from launch.actions import OpaqueFunction, SetLaunchConfiguration
+from launch_ros.actions import Node
 
-from launch import LaunchDescription
-from launch.actions import IncludeLaunchDescription
-from launch.launch_description_sources import PythonLaunchDescriptionSource
+from rlrc_ros import launching
+from rlrc_ros.profile import load_profile
 
 
 def generate_launch_description() -> LaunchDescription:
     """What `ros2 launch` runs."""
-    robot = PythonLaunchDescriptionSource(str(Path(__file__).with_name("robot.launch.py")))
     return LaunchDescription(
-        [IncludeLaunchDescription(robot, launch_arguments={"profile": "sim"}.items())]
+        [
+            *launching.arguments("policies", "device", "output_dir", "record_topics", "dry_run"),
+            SetLaunchConfiguration("use_sim_time", "false"),  # it follows the wall clock
+            OpaqueFunction(function=_nodes),
+        ]
     )
+
+
+def _nodes(context: LaunchContext) -> list[Node]:
+    return launching.actions(launching.specs(context, load_profile("sim")))

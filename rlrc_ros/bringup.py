@@ -78,8 +78,11 @@ def nodes(
     *,
     output_dir: str,
     policies: Mapping[str, str] | None = None,
+    sealed: str = "",
     record_topics: list[str] | None = None,
     dry_run: bool = False,
+    device: str = "cpu",
+    use_sim_time: bool = False,
 ) -> list[NodeSpec]:
     """The nodes of a robot.
 
@@ -87,11 +90,15 @@ def nodes(
         profile: the robot.
         output_dir: where recordings go.
         policies: bundles by label, instead of the profile's own.
+        sealed: file with the policies of a blinded trial, instead of either.
         record_topics: what to record; None: every topic.
         dry_run: the guard sends nothing to the controllers.
+        device: where policies run, as torch names it.
+        use_sim_time: stamps are of the topic /clock.
     """
     joints, limits = profile.joint_states, profile.guard
     policies = profile.policies if policies is None else policies
+    blinded = {"sealed": sealed} if sealed else {}
     specs = []
     if profile.simulated:
         camera = next(iter(profile.cameras.values()))
@@ -108,18 +115,26 @@ def nodes(
                 },
             )
         )
+    if profile.ee_frame:
+        specs.append(
+            NodeSpec(
+                "ee_pose_node",
+                {"base_frame": profile.base_frame, "ee_frame": profile.ee_frame},
+                {"joint_states": joints.topic, "ee_pose": profile.ee_pose},
+            )
+        )
     specs.append(
         NodeSpec(
             "command_guard_node",
             {
                 "base_frame": profile.base_frame,
-                "max_linear_speed": limits.max_linear_speed,
-                "max_angular_speed": limits.max_angular_speed,
-                "max_linear_acceleration": limits.max_linear_acceleration,
-                "max_angular_acceleration": limits.max_angular_acceleration,
-                "workspace_min": list(limits.workspace_min),
-                "workspace_max": list(limits.workspace_max),
-                "max_gripper_rate": limits.max_gripper_rate,
+                "output": profile.ee_command_type,
+                "gripper_command_closed": profile.gripper_command_closed,
+                "gripper_command_open": profile.gripper_command_open,
+                **{
+                    name: list(value) if isinstance(value, tuple) else value
+                    for name, value in vars(limits).items()
+                },
                 "dry_run": dry_run,
             },
             {
@@ -139,9 +154,12 @@ def nodes(
             "policy_node",
             {
                 "base_frame": profile.base_frame,
-                "policies": [f"{label}={path}" for label, path in policies.items()],
+                "device": device,
+                "policies": [] if sealed else [f"{k}={path}" for k, path in policies.items()],
+                **blinded,
                 "cameras": [_camera(name, source) for name, source in profile.cameras.items()],
                 "joint_states_max_age": joints.max_age,
+                "max_skew": profile.max_skew,
                 "gripper_joint": joints.gripper_joint,
                 "gripper_closed": joints.gripper_closed,
                 "gripper_open": joints.gripper_open,
@@ -150,6 +168,9 @@ def nodes(
             {"joint_states": joints.topic},
         )
     )
+    if use_sim_time:
+        for spec in specs:
+            spec.parameters["use_sim_time"] = True
     return specs
 
 

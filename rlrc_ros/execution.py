@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from rlrc_ros.chunks import ActionPlan
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.policy import Policy
 from rlrc_ros.vla.processor import Observation
@@ -29,6 +30,8 @@ OBSERVATION_PATIENCE = 1.0
 """s without a usable observation after which an episode ends."""
 FIRST_OBSERVATION_PATIENCE = 5.0
 """s to wait for the first one: sources may still be starting."""
+LONGEST_STALL = 1.0
+"""s that control may be held up for, beyond its period, before the episode ends."""
 OLDEST_ACTION = 1.0
 """s from an observation's oldest stamp after which the action computed from it is not sent."""
 
@@ -39,7 +42,7 @@ class NotReady(UserError):
 
 @dataclass
 class Statistics:
-    """What an episode counted; times in ms, the first step left out of the percentiles."""
+    """What an episode counted; times in ms, the first inference left out of the percentiles."""
 
     steps: int = 0
     deadline_misses: int = 0
@@ -53,7 +56,7 @@ class Statistics:
     """s of the steady clock, when each step ended."""
 
     def percentile(self, q: float) -> float:
-        """Of the time from looking to commanding; 0 while there are fewer than two steps."""
+        """Of the time from looking to having actions; 0 while there are fewer than two of them."""
         later = self.totals_ms[1:]
         return float(np.percentile(later, q)) if later else 0.0
 
@@ -69,7 +72,10 @@ Command = Callable[[NDArray[np.float64], int, int], None]
 
 
 class Episode:
-    """Looks, acts and commands, once a control period, in a thread of its own.
+    """Looks and acts in a thread of its own, and commands one action a control period.
+
+    A policy that gives single actions looks in every period, and its action is commanded as soon as
+    it is there. One that gives chunks looks again while the rest of the chunk is being commanded.
 
     Args:
         episode_id: its name.
@@ -80,6 +86,7 @@ class Episode:
         look: gives an observation.
         command: sends an action on; never called after `end`.
         clock_ns: the clock of the observations' stamps, ns since the epoch.
+        plan: what becomes of chunks.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class Episode:
         look: Look,
         command: Command,
         clock_ns: Callable[[], int],
+        plan: ActionPlan,
     ) -> None:
         self.episode_id, self.instruction, self.label = episode_id, instruction, label
         self.policy, self.max_duration = policy, max_duration
@@ -99,6 +107,7 @@ class Episode:
         self.termination_reason = ""
         self.message = ""
         self._look, self._command, self._clock_ns = look, command, clock_ns
+        self._plan, self._due, self._tick_time = plan, False, 0.0
         self._began: float | None = None
         self._last_step = 0.0
         self._lock = threading.Lock()
@@ -121,16 +130,26 @@ class Episode:
         return self._work is not None and not self._work.done()
 
     def tick(self) -> None:
-        """Call once a control period: starts a step, or counts why there is none."""
+        """Call once a control period: commands what is due, and has the policy look again."""
         if self.ended:
             return
+        now = time.monotonic()
         if self._began is None:
-            self._began = self._last_step = time.monotonic()
+            self._began = self._last_step = self._tick_time = now
+        if (gap := now - self._tick_time) > self._plan.period + LONGEST_STALL:
+            # Whoever stands beside the arm takes it for stopped by now.
+            self.end(POLICY_ERROR, f"the node was held up for {gap:.1f} s")
+            return
         if self.elapsed > self.max_duration:
             self.end(TIMEOUT, f"after {self.max_duration:g} s")
-        elif self.busy:
-            self.statistics.deadline_misses += 1
-        else:
+            return
+        with self._lock:
+            self._due, self._tick_time = True, now
+            self._command_next()
+            late, wants_more = self._due, self._plan.wants_more
+        if self.busy:
+            self.statistics.deadline_misses += late
+        elif wants_more:
             self._work = self._worker.submit(self._step)
 
     def end(self, reason: str, message: str = "") -> None:
@@ -156,29 +175,42 @@ class Episode:
             return
         looked = time.perf_counter()
         try:
-            action = self.policy.act(observation).actions[0]
+            actions = _checked(self.policy.act(observation).actions)
         except Exception as error:
             self.end(POLICY_ERROR, f"{type(error).__name__}: {error}")
             return
+        acted = time.perf_counter()
         age = (self._clock_ns() - stamp_ns) * 1e-9
         if age > OLDEST_ACTION:
-            late = f"the policy took {time.perf_counter() - looked:.1f} s: its action is for a "
+            late = f"the policy took {acted - looked:.1f} s: its action is for a "
             late += f"scene {age:.1f} s ago, {OLDEST_ACTION:g} s are allowed"
             self._skip(POLICY_ERROR, late, FIRST_OBSERVATION_PATIENCE)
             return
-        with self._lock:
-            if self.ended:
-                return
-            self._command(action, stamp_ns, statistics.steps)
-        done = time.perf_counter()
-        statistics.skip_reason = ""
-        statistics.observation_age = age
         statistics.last_ms = {
             "preprocess": (looked - began) * 1e3,
-            "inference": (done - looked) * 1e3,
-            "total": (done - began) * 1e3,
+            "inference": (acted - looked) * 1e3,
+            "total": (acted - began) * 1e3,
         }
         statistics.totals_ms.append(statistics.last_ms["total"])
+        statistics.skip_reason = ""
+        with self._lock:
+            # Where this period has its action already, the next one goes out with the next tick.
+            wait = 0.0 if self._due else self._tick_time + self._plan.period - time.monotonic()
+            self._plan.add(actions, stamp_ns, age + max(wait, 0.0))
+            self._command_next()
+
+    def _command_next(self) -> None:
+        """Command the next action if one is due and there is one; the lock is held."""
+        if self.ended or not self._due or (planned := self._plan.take()) is None:
+            return
+        action, stamp_ns = planned
+        age = (self._clock_ns() - stamp_ns) * 1e-9
+        if age > OLDEST_ACTION:  # of a chunk that nothing has taken over from
+            return
+        statistics = self.statistics
+        self._command(action, stamp_ns, statistics.steps)
+        self._due = False
+        statistics.observation_age = age
         statistics.steps += 1
         self._last_step = time.monotonic()
         statistics.times.append(self._last_step)
@@ -189,6 +221,14 @@ class Episode:
         self.statistics.skip_reason = message
         if time.monotonic() - self._last_step > patience:
             self.end(reason, message)
+
+
+def _checked(actions: NDArray[np.float64]) -> NDArray[np.float64]:
+    if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions):
+        raise UserError(f"the policy gave actions of shape {actions.shape} instead of (T, 7)")
+    if not np.isfinite(actions).all():
+        raise UserError("the policy gave an action that is not finite")
+    return actions
 
 
 class PolicyStore:

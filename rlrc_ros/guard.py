@@ -5,7 +5,7 @@
 - waiting: nobody has the arm and nothing is published, so that other motions (homing, a planner)
   can use the same controller. It begins so, and comes back to it.
 - active: follows the commands of one policy in one episode.
-- holding: no command for `command_timeout`, or no pose while there is a workspace. The arm is
+- holding: no command for two of the policy's periods, or no pose while one is needed. The arm is
   braked at the acceleration limit and kept still by zeros; after `HOLD_TIME` of standing in silence
   it is given up. Zeros have to be sent, because some controllers (ros2_control's forward
   controllers) go on with the last command they got; and have to end, because MoveIt Servo, fed
@@ -22,87 +22,39 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlrc_ros.errors import UserError
+from rlrc_ros.limits import Limits
+from rlrc_ros.motion import (
+    AXIS_SHARE,
+    UNBOUNDED,
+    ZERO,
+    Bounds,
+    MovingAverage,
+    Quaternion,
+    Vector,
+    added,
+    angle_between,
+    clamped,
+    cross,
+    dot,
+    rotated,
+    scaled,
+    toward,
+    z_axis,
+)
 
-Vector = tuple[float, float, float]
-ZERO: Vector = (0.0, 0.0, 0.0)
-_UNBOUNDED = ((-math.inf, math.inf),) * 3
-# What each of three axes may use of a limit on the length of their vector.
-_AXIS_SHARE = 1.0 / math.sqrt(3.0)
 # m; farther than any wall that matters, and no overflow when squared.
 _FAR = 1e6
 
 WAITING, ACTIVE, HOLDING, STOPPED = "waiting", "active", "holding", "stopped"
+
+LONGEST_SILENCE = 0.5
+"""s; no policy is so slow that the arm goes on for longer than this without a command."""
 
 HOLD_TIME = 0.5
 """How long zeros are sent to a standing arm after its policy has fallen silent, in s."""
 
 REACTION_TIME = 0.05
 """How late an arm may follow a command, in s; it is braked that much earlier before a wall."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a command may be. Raises UserError where the numbers make no sense."""
-
-    rate: float = 100.0
-    """Hz, how often `Guard.step` is called."""
-    base_frame: str = "base_link"
-    """The only frame commands and poses are accepted in."""
-    max_linear_speed: float = 0.25
-    """m/s, length of the vector."""
-    max_angular_speed: float = 1.0
-    """rad/s, length of the vector."""
-    max_linear_acceleration: float = 1.0
-    """m/s², length of the vector; for braking too."""
-    max_angular_acceleration: float = 4.0
-    """rad/s², length of the vector; for braking too."""
-    workspace_min: Vector | None = None
-    """Lower corner of the box that the end effector stays in, in m; None: no box."""
-    workspace_max: Vector | None = None
-    """Upper corner."""
-    pose_timeout: float = 0.1
-    """s, the oldest pose that the box can be kept with."""
-    command_timeout: float = 0.2
-    """s of silence after which the arm is braked: two periods of a policy at 10 Hz."""
-    max_command_age: float = 0.2
-    """s between a command's stamp and now, either way."""
-    max_gripper_rate: float = 2.0
-    """1/s, full openings a second."""
-    labels: tuple[str, ...] = ()
-    """Policy labels that may command; empty: any label, but not none."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that would guard nothing."""
-        for name in (
-            "rate",
-            "max_linear_speed",
-            "max_angular_speed",
-            "max_linear_acceleration",
-            "max_angular_acceleration",
-            "pose_timeout",
-            "command_timeout",
-            "max_command_age",
-            "max_gripper_rate",
-        ):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name} is {value}: it must be a number greater than 0")
-        if not self.base_frame:
-            raise UserError("base_frame is empty: name the frame of the commands")
-        if "" in self.labels:
-            raise UserError("labels contains an empty label: list the labels, or leave it empty")
-        if (self.workspace_min is None) != (self.workspace_max is None):
-            raise UserError("workspace_min and workspace_max belong together: set both or neither")
-        if self.workspace_min is not None and self.workspace_max is not None:
-            corners = (self.workspace_min, self.workspace_max)
-            if any(len(c) != 3 or not all(map(math.isfinite, c)) for c in corners):
-                raise UserError("workspace_min and workspace_max take 3 finite numbers each, in m")
-            if any(low >= high for low, high in zip(*corners, strict=True)):
-                raise UserError(
-                    f"workspace_min {list(self.workspace_min)} must be less than"
-                    f" workspace_max {list(self.workspace_max)} on every axis"
-                )
 
 
 class Command(NamedTuple):
@@ -119,6 +71,10 @@ class Command(NamedTuple):
     episode_id: str
     publisher: str = ""
     """Tells publishers apart that claim the same label and episode; empty where that is unknown."""
+    observation_age: float = 0.0
+    """s since the oldest sensor stamp that it was computed from."""
+    period: float = 0.0
+    """s until the next one is due; 0 where that is unknown."""
 
 
 class Pose(NamedTuple):
@@ -128,6 +84,8 @@ class Pose(NamedTuple):
     age: float
     """s since its stamp."""
     frame_id: str
+    orientation: Quaternion = (0.0, 0.0, 0.0, 1.0)
+    """Its z axis is what the cone is about."""
 
 
 class Output(NamedTuple):
@@ -154,18 +112,22 @@ class Counts:
     limited_linear_speed: int = 0
     limited_angular_speed: int = 0
     limited_acceleration: int = 0
+    limited_jerk: int = 0
     limited_workspace: int = 0
+    limited_orientation: int = 0
     limited_gripper: int = 0
     stops_on_silence: int = 0
+    stalls: int = 0
 
 
 class Guard:
     """Decides at every step what the controller gets.
 
-    Every output is finite and within the speed limits; consecutive outputs differ by no more than
-    the acceleration limits allow in the time between them, except at an emergency stop; and an arm
-    that follows its outputs within `REACTION_TIME` does not leave the workspace. Where a measured
-    pose jumps so that both cannot be had, the arm is braked at the acceleration limit.
+    Every output is finite and within the speed limits; outputs change by no more than acceleration
+    and jerk allow in the time between them, except at an emergency stop or after a stall, when they
+    are zero at once; and an arm that follows its outputs within `REACTION_TIME` leaves neither the
+    workspace nor the cone. Where a measured pose jumps so that not all can be had, the arm is
+    braked at the acceleration limit.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -184,6 +146,8 @@ class Guard:
         self._output: Output | None = None
         self._step_time: float | None = None
         self._still_since: float | None = None
+        self._linear = MovingAverage(2 * limits.max_linear_acceleration / limits.max_linear_jerk)
+        self._angular = MovingAverage(2 * limits.max_angular_acceleration / limits.max_angular_jerk)
         self._stop_reason = ""
         self._emergency = False
         self._emergency_pressed = False
@@ -191,7 +155,7 @@ class Guard:
         self._reach_time = 1.0 / limits.rate + REACTION_TIME
         # Every velocity that may be still ahead of the arm at the stamp of a usable pose.
         window = math.ceil((limits.pose_timeout + REACTION_TIME) * limits.rate) + 1
-        self._recent: deque[Vector] = deque([ZERO], maxlen=window)
+        self._recent: deque[tuple[Vector, Vector]] = deque([(ZERO, ZERO)], maxlen=window)
 
     def submit(self, now: float, command: Command) -> str:
         """Take a command in; returns why it is dropped, empty where it is accepted."""
@@ -208,6 +172,15 @@ class Guard:
         self._still_since = None
         return ""
 
+    @property
+    def holder(self) -> tuple[str, str]:
+        """Policy label and episode that have the arm; empty where nobody has it."""
+        return self._holder[1:] if self._holder is not None else ("", "")
+
+    def pose(self, now: float) -> Pose | None:
+        """The last measured pose, where one is needed and this one will do."""
+        return None if self._missing_pose(now) else self._pose
+
     def observe(self, now: float, pose: Pose) -> None:
         """Take a measured pose in."""
         self._pose, self._pose_time = pose, now
@@ -216,12 +189,16 @@ class Guard:
         """Brake at the acceleration limit and stay so until released."""
         self._stop_reason = self._stop_reason or reason
 
-    def emergency_stop(self, pressed: bool) -> None:
-        """Zero at once where `pressed`, until released; letting go alone releases nothing."""
+    def emergency_stop(self) -> None:
+        """Zero at once, until released."""
+        self._emergency = True
+        self._stop_reason = "emergency stop"
+
+    def press(self, pressed: bool) -> None:
+        """An emergency stop by a button; letting go of it alone releases nothing."""
         self._emergency_pressed = pressed
         if pressed:
-            self._emergency = True
-            self._stop_reason = "emergency stop"
+            self.emergency_stop()
 
     def release(self, now: float) -> str:
         """End a latched stop; returns why it is refused, empty where the arm is free again."""
@@ -241,9 +218,10 @@ class Guard:
 
     @property
     def moving(self) -> bool:
-        """Whether the last output had any speed."""
+        """Whether the last output had any speed, or the next one has though zero is wanted."""
         output = self._output
-        return output is not None and (output.linear != ZERO or output.angular != ZERO)
+        moves = output is not None and (output.linear != ZERO or output.angular != ZERO)
+        return moves or not (self._linear.at_rest and self._angular.at_rest)
 
     def step(
         self, now: float, command: Command | None = None, pose: Pose | None = None
@@ -261,24 +239,38 @@ class Guard:
             self.submit(now, command)
         elapsed = 1.0 / self.limits.rate if self._step_time is None else now - self._step_time
         self._step_time = now
+        if elapsed > max(self.limits.controller_timeout, 2.0 / self.limits.rate):
+            self._stand()
         self.state, self.reason = self._judge(now)
         if self.state == WAITING or (self._output is None and self.state != ACTIVE):
             return None
         self._output = self._next(now, dt=min(max(elapsed, 0.0), self._reach_time))
-        self._recent.append(self._output.linear)
+        self._recent.append((self._output.linear, self._output.angular))
         return self._output
+
+    def _stand(self) -> None:
+        """Go on from standstill: for want of commands the controller has stopped the arm."""
+        if self.moving and self._output is not None:
+            self.counts.stalls += 1
+            self._output = Output(ZERO, ZERO, self._output.gripper)
+        self._linear.reset()
+        self._angular.reset()
 
     def _refusal(self, command: Command) -> tuple[str, str]:
         """The counter and the reason of a command that is to be dropped."""
         limits = self.limits
         label, episode = command.policy_label, command.episode_id
-        if not all(map(math.isfinite, (*command.linear, *command.angular, command.gripper))):
+        numbers = (*command.linear, *command.angular, command.gripper, command.period)
+        if not all(map(math.isfinite, numbers)):
             return "rejected_not_finite", "the command is not finite"
         if command.frame_id != limits.base_frame:
             frames = f"{command.frame_id!r}, not {limits.base_frame!r}"
             return "rejected_frame", f"the command is in frame {frames}"
         if not abs(command.age) <= limits.max_command_age:
             return "rejected_stale", f"the command's stamp is {command.age:.3g} s old"
+        if not abs(command.observation_age) <= limits.max_observation_age:
+            seen = f"what was seen {command.observation_age:.3g} s ago"
+            return "rejected_stale", f"the command is for {seen}"
         if not label or not episode:
             return "rejected_source", "the command has no policy_label or no episode_id"
         if limits.labels and label not in limits.labels:
@@ -304,8 +296,8 @@ class Guard:
         gripper = min(max(command.gripper, 0.0), 1.0)
         self.counts.limited_gripper += gripper != command.gripper
         return command._replace(
-            linear=_scaled(command.linear, factor),
-            angular=_scaled(command.angular, factor),
+            linear=scaled(command.linear, factor),
+            angular=scaled(command.angular, factor),
             gripper=gripper,
         )
 
@@ -315,14 +307,19 @@ class Guard:
             return STOPPED, self._stop_reason
         if self._command is None:
             return WAITING, self._rejection
-        if now - self._command_time > self.limits.command_timeout:
-            return self._hold_in_silence(now)
+        if now - self._command_time > (silence := self._longest_silence(self._command)):
+            return self._hold_in_silence(now, silence)
         if missing := self._missing_pose(now):
             return (WAITING if self._output is None else HOLDING), missing
         return ACTIVE, ""
 
-    def _hold_in_silence(self, now: float) -> tuple[str, str]:
-        reason = f"no command for {self.limits.command_timeout:g} s"
+    def _longest_silence(self, command: Command) -> float:
+        if command.period <= 0.0:
+            return self.limits.command_timeout
+        return min(max(2.0 * command.period, 2.0 / self.limits.rate), LONGEST_SILENCE)
+
+    def _hold_in_silence(self, now: float, silence: float) -> tuple[str, str]:
+        reason = f"no command for {silence:g} s"
         if self.moving:
             self.counts.stops_on_silence += self.state == ACTIVE
             return HOLDING, reason
@@ -342,15 +339,17 @@ class Guard:
         return now - self._pose_time + (self._pose.age if self._pose is not None else math.inf)
 
     def _missing_pose(self, now: float) -> str:
-        """Why the workspace cannot be kept; empty where it can, or where there is none."""
-        if self.limits.workspace_min is None:
+        """Why workspace and cone cannot be kept; empty where they can, or there are none."""
+        if not self.limits.needs_pose:
             return ""
         if self._pose is None:
-            return "no ee_pose yet, and there is a workspace to keep"
+            return "no ee_pose yet, and there are limits to keep that need it"
         if self._pose.frame_id != self.limits.base_frame:
             return f"ee_pose is in frame {self._pose.frame_id!r}, not {self.limits.base_frame!r}"
-        if not all(map(math.isfinite, self._pose.position)):
+        if not all(map(math.isfinite, (*self._pose.position, *self._pose.orientation))):
             return "ee_pose is not finite"
+        if not abs(math.hypot(*self._pose.orientation) - 1.0) < 0.01:
+            return "the orientation of ee_pose is no unit quaternion"
         age = self._pose_age(now)
         if not abs(age) <= self.limits.pose_timeout:
             return f"ee_pose is older than {self.limits.pose_timeout:g} s, or of the future"
@@ -359,21 +358,62 @@ class Guard:
     def _next(self, now: float, dt: float) -> Output:
         """The output after the last one, `dt` s later."""
         limits = self.limits
-        linear, angular, gripper = self._output or Output(ZERO, ZERO, math.nan)
+        gripper = self._output.gripper if self._output is not None else math.nan
         # The gripper keeps its width while the arm stops: it may be holding something.
         if self._emergency:
+            self._linear.reset()
+            self._angular.reset()
             return Output(ZERO, ZERO, gripper)
         to_linear = to_angular = ZERO
         if self.state == ACTIVE and self._command is not None:
             to_linear, to_angular = self._command.linear, self._command.angular
             gripper = self._grip(gripper, self._command.gripper, dt)
         bounds = self._velocity_bounds(now)
-        allowed = _clamped(to_linear, bounds)
+        allowed = clamped(to_linear, bounds)
         self.counts.limited_workspace += allowed != to_linear
-        linear_now = _toward(linear, allowed, bounds, limits.max_linear_acceleration * dt)
-        angular_now = _toward(angular, to_angular, _UNBOUNDED, limits.max_angular_acceleration * dt)
+        linear_now = toward(self._linear.last, allowed, bounds, limits.max_linear_acceleration * dt)
+        angular_now = self._turn(now, to_angular, limits.max_angular_acceleration * dt)
         self.counts.limited_acceleration += linear_now != allowed or angular_now != to_angular
-        return Output(linear_now, angular_now, gripper)
+        linear, angular = self._linear.add(dt, linear_now), self._angular.add(dt, angular_now)
+        self.counts.limited_jerk += linear != linear_now or angular != angular_now
+        return Output(linear, angular, gripper)
+
+    def _turn(self, now: float, wanted: Vector, change: float) -> Vector:
+        """The angular velocity that goes towards the wanted one and can be braked in the cone."""
+        last = self._angular.last
+        if not self.limits.has_cone or self._pose is None or self._missing_pose(now):
+            return toward(last, wanted, UNBOUNDED, change)
+        axis, tool = self.limits.cone_axis, z_axis(self._pose.orientation)
+        outward = cross(axis, tool)  # turns the tool away from the axis
+        length = math.hypot(*outward)
+        along = wanted
+        if length > 1e-9 and dot(wanted, outward) > 0.0:
+            along = added(wanted, scaled(outward, -dot(wanted, outward) / length**2))
+        pending = max(self._pose_age(now), 0.0) + REACTION_TIME
+        fastest = max(math.hypot(*angular) for _, angular in self._recent)
+        slack = pending * fastest + self._angular.remaining()[1]
+        for goal in (wanted, along, ZERO):
+            turn = toward(last, goal, UNBOUNDED, change)
+            if goal == ZERO or self._stays_in_cone(tool, turn, slack):
+                break
+        self.counts.limited_orientation += goal != wanted
+        return turn
+
+    def _stays_in_cone(self, tool: Vector, turn: Vector, slack: float) -> bool:
+        """Whether the tool's axis can be braked within the cone, or comes no nearer to its wall.
+
+        slack: rad that it may have turned, or may be still to turn, since it was measured.
+        """
+        speed = math.hypot(*turn)
+        way = speed * self._reach_time + speed**2 / (2.0 * self.limits.max_angular_acceleration)
+        if way == 0.0:
+            return True
+        axis = self.limits.cone_axis
+        greatest = max(self.limits.max_tilt - slack, angle_between(axis, tool)) + 1e-12
+        return all(
+            angle_between(axis, rotated(tool, scaled(turn, way * share / speed))) <= greatest
+            for share in (0.25, 0.5, 0.75, 1.0)
+        )
 
     def _grip(self, last: float, wanted: float, dt: float) -> float:
         if math.isnan(last):  # nobody knows yet how far it is open
@@ -383,16 +423,17 @@ class Guard:
         self.counts.limited_gripper += gripper != wanted
         return gripper
 
-    def _velocity_bounds(self, now: float) -> tuple[tuple[float, float], ...]:
+    def _velocity_bounds(self, now: float) -> Bounds:
         """The least and the greatest velocity of each axis that can be braked before the wall."""
         low, high = self.limits.workspace_min, self.limits.workspace_max
         if low is None or high is None or self._pose is None or self._missing_pose(now):
-            return _UNBOUNDED
+            return UNBOUNDED
         # What was commanded since the pose's stamp, and a little before, may be still to come.
         pending = max(self._pose_age(now), 0.0) + REACTION_TIME
         bounds = []
-        for axis, position in enumerate(self._pose.position):
-            velocities = [velocity[axis] for velocity in self._recent]
+        averaged, _ = self._linear.remaining()
+        for axis, position in enumerate(added(self._pose.position, averaged)):
+            velocities = [linear[axis] for linear, _ in self._recent]
             up = high[axis] - position - pending * max(0.0, *velocities)
             down = position - low[axis] - pending * max(0.0, -min(velocities))
             bounds.append((-self._fastest(down), self._fastest(up)))
@@ -406,46 +447,10 @@ class Guard:
         """
         if distance <= 0.0:
             return 0.0
-        t, a = self._reach_time, self.limits.max_linear_acceleration * _AXIS_SHARE
+        t, a = self._reach_time, self.limits.max_linear_acceleration * AXIS_SHARE
         distance = min(distance, _FAR)
         return 2.0 * distance / (t + math.sqrt(t * t + 2.0 * distance / a))
 
 
 def _source(command: Command) -> tuple[str, str, str]:
     return command.publisher, command.policy_label, command.episode_id
-
-
-def _scaled(vector: Vector, factor: float) -> Vector:
-    return vector[0] * factor, vector[1] * factor, vector[2] * factor
-
-
-def _clamped(vector: Vector, bounds: tuple[tuple[float, float], ...]) -> Vector:
-    x, y, z = (
-        min(max(value, low), high) for value, (low, high) in zip(vector, bounds, strict=True)
-    )
-    return x, y, z
-
-
-def _toward(
-    last: Vector, goal: Vector, bounds: tuple[tuple[float, float], ...], change: float
-) -> Vector:
-    """From `last` towards `goal`, which is within `bounds`, by no more than `change` in length.
-
-    What it takes to get back within the bounds comes first; the way to the goal gets what is left.
-    """
-    share = change * _AXIS_SHARE
-    must = [
-        min(max(inside - value, -share), share)
-        for value, inside in zip(last, _clamped(last, bounds), strict=True)
-    ]
-    start = [value + step for value, step in zip(last, must, strict=True)]
-    way = [to - value for value, to in zip(start, goal, strict=True)]
-    # The greatest s in [0, 1] with |must + s·way| ≤ change.
-    way2 = sum(w * w for w in way)
-    along = sum(m * w for m, w in zip(must, way, strict=True))
-    left = max(change * change - sum(m * m for m in must), 0.0)
-    if way2 + 2.0 * along <= left:
-        return goal
-    s = (math.sqrt(along * along + way2 * left) - along) / way2
-    x, y, z = (value + s * w for value, w in zip(start, way, strict=True))
-    return x, y, z

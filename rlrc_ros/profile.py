@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.guard import Limits
+from rlrc_ros.limits import Limits
 from rlrc_ros.paths import config_file
 from rlrc_ros.schema import from_dict, read_yaml
 
@@ -20,7 +21,9 @@ class CameraSource:
     compressed: bool = False
     """sensor_msgs/CompressedImage instead of Image."""
     max_age: float = 0.2
-    """s, of the image's stamp when the policy looks."""
+    """s, of the image's stamp when the policy looks; older, and the step is skipped."""
+    min_rate: float = 10.0
+    """Hz; `rlrc robot check` complains of fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,11 @@ class JointSource:
     """Joint states, the gripper's finger among them."""
 
     topic: str
+    """Of sensor_msgs/JointState with all joints that the policies were trained with."""
     max_age: float = 0.1
-    """s."""
+    """s, of the message's stamp when the policy looks."""
+    min_rate: float = 20.0
+    """Hz; `rlrc robot check` complains of fewer."""
     gripper_joint: str
     """The joint that tells the gripper's opening."""
     gripper_closed: float
@@ -55,7 +61,12 @@ class GuardLimits:
     max_angular_acceleration: float
     workspace_min: tuple[float, ...]
     workspace_max: tuple[float, ...]
-    max_gripper_rate: float = 2.0
+    max_linear_jerk: float = Limits.max_linear_jerk
+    max_angular_jerk: float = Limits.max_angular_jerk
+    cone_axis: tuple[float, ...] = Limits.cone_axis
+    max_tilt: float = Limits.max_tilt
+    max_gripper_rate: float = Limits.max_gripper_rate
+    controller_timeout: float = Limits.controller_timeout
 
     def __post_init__(self) -> None:
         try:
@@ -75,10 +86,21 @@ class RobotProfile:
     joint_states: JointSource
     ee_pose: str
     """Topic of the end effector's geometry_msgs/PoseStamped, which the guard keeps in its box."""
+    ee_frame: str = ""
+    """The link whose pose to compute from joint states and /robot_description and publish there,
+    where the driver gives none; empty: it does."""
     ee_command: str
-    """Topic of the controller's geometry_msgs/TwistStamped."""
+    """Topic of the arm's Cartesian controller."""
+    ee_command_type: Literal["twist", "pose"] = "twist"
+    """geometry_msgs/TwistStamped in m/s and rad/s, or PoseStamped; both in base_frame."""
     gripper_command: str
-    """Topic of the gripper's std_msgs/Float64MultiArray: 0 closed to 1 open."""
+    """Topic of the gripper's std_msgs/Float64MultiArray, one number."""
+    gripper_command_closed: float = 0.0
+    """The number that closes the gripper: m, rad or a share, as its controller has it."""
+    gripper_command_open: float = 1.0
+    """The number that opens it."""
+    max_skew: float = 0.15
+    """s between the stamps of an observation's parts; more, and the step is skipped."""
     guard: GuardLimits
     simulated: bool = False
     """Start the simulated arm as well."""
@@ -93,9 +115,16 @@ class RobotProfile:
         for key, source in sources.items():
             if not 0.0 < source.max_age < math.inf:
                 raise UserError(f"{key}.max_age is {source.max_age}: it must be s greater than 0")
+            if not 0.0 < source.min_rate < math.inf:
+                raise UserError(f"{key}.min_rate is {source.min_rate}: it must be Hz above 0")
             _refuse_empty(f"{key}.topic", source.topic)
         for key in ("base_frame", "ee_pose", "ee_command", "gripper_command"):
             _refuse_empty(key, getattr(self, key))
+        if not 0.0 < self.max_skew <= 2.0:
+            raise UserError(f"max_skew is {self.max_skew}: it must be s above 0 and at most 2")
+        closed, opened = self.gripper_command_closed, self.gripper_command_open
+        if not (math.isfinite(closed) and math.isfinite(opened)) or closed == opened:
+            raise UserError("gripper_command_open and gripper_command_closed must be two numbers")
 
 
 def _refuse_empty(key: str, value: str) -> None:

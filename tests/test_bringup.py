@@ -41,6 +41,23 @@ def test_all_agree_on_frame_and_topics():
         assert listed[name].parameters["base_frame"] == "world"
 
 
+def test_a_controller_of_poses_the_grippers_unit_and_the_arms_pose_reach_the_nodes():
+    guard = specs("fr3")["command_guard_node"].parameters
+    assert guard["output"] == "pose" and guard["gripper_command_open"] == 1.0
+    assert guard["cone_axis"] == [0.0, 0.0, -1.0] and guard["max_tilt"] == 0.6
+    listed = specs("so101")
+    assert listed["ee_pose_node"].parameters == {"base_frame": "world", "ee_frame": "gripper"}
+    assert listed["ee_pose_node"].remappings["ee_pose"] == "/ee_pose"
+    assert listed["command_guard_node"].parameters["gripper_command_closed"] == -0.17
+
+
+def test_device_and_simulated_time_are_the_callers():
+    listed = bringup.nodes(load_profile("sim"), output_dir="x", device="cuda", use_sim_time=True)
+    assert all(spec.parameters["use_sim_time"] is True for spec in listed)
+    assert listed[-1].parameters["device"] == "cuda"
+    assert all("use_sim_time" not in spec.parameters for spec in specs().values())
+
+
 def test_cameras_and_policies_reach_the_policy_node():
     cameras = {
         "front": CameraSource(topic="a/image"),

@@ -8,23 +8,34 @@ import numpy as np
 import pytest
 
 from rlrc_ros import execution
+from rlrc_ros.chunks import ActionPlan
 from rlrc_ros.errors import UserError
 from rlrc_ros.execution import Episode, NotReady, PolicyStore
 
 ACTION = np.arange(7.0)
+PERIOD = 0.1
 
 
 class Robot:
     """Looks, acts and hears commands; each part can be told to misbehave."""
 
-    def __init__(self, max_duration=20.0):
+    def __init__(self, max_duration=20.0, chunk=1, **plan):
+        self.chunk, self.actions = chunk, None
         self.commands = []
         self.look_error = self.act_error = None
         self.age, self.acting = 0.0, threading.Event()
         self.acting.set()
         policy = SimpleNamespace(act=self._act)
         self.episode = Episode(
-            "e1", "go", "A", policy, max_duration, self._look, self._command, time.time_ns
+            "e1",
+            "go",
+            "A",
+            policy,
+            max_duration,
+            self._look,
+            self._command,
+            time.time_ns,
+            ActionPlan(PERIOD, **plan),
         )
 
     def _look(self):
@@ -36,7 +47,8 @@ class Robot:
         self.acting.wait(10.0)
         if self.act_error:
             raise self.act_error
-        return SimpleNamespace(actions=np.stack([ACTION, ACTION + 1]))
+        actions = np.stack([ACTION + i for i in range(self.chunk)])
+        return SimpleNamespace(actions=actions if self.actions is None else self.actions)
 
     def _command(self, action, stamp_ns, step):
         self.commands.append((action, stamp_ns, step))
@@ -66,7 +78,7 @@ def ended(robot):
     return robot.episode.termination_reason, robot.episode.message
 
 
-def test_every_step_commands_the_first_action_of_a_chunk_with_its_stamp_and_number(robot):
+def test_every_step_commands_an_action_with_its_stamp_and_number(robot):
     for _ in range(3):
         robot.step()
     assert [step for _, _, step in robot.commands] == [0, 1, 2]
@@ -77,6 +89,48 @@ def test_every_step_commands_the_first_action_of_a_chunk_with_its_stamp_and_numb
     assert len(statistics.totals_ms) == 3 and set(statistics.last_ms) == {
         "preprocess", "inference", "total"
     }  # fmt: skip
+
+
+def test_a_chunk_is_commanded_step_by_step_and_its_second_half_while_the_policy_looks_again():
+    robot = Robot(chunk=4)
+    for _ in range(3):
+        robot.step()
+    # The policy looked again when the second was commanded: its action 1 is for the third step,
+    # where the first chunk has 2.
+    assert [action[0] for action, *_ in robot.commands] == pytest.approx([0, 1, 1.8])
+    assert len(robot.episode.statistics.totals_ms) == 2
+    robot.acting.clear()
+    for _ in range(2):
+        robot.episode.tick()
+    assert [action[0] for action, *_ in robot.commands[3:]] == pytest.approx([2.6, 3])
+    assert not robot.episode.statistics.deadline_misses
+    for _ in range(2):
+        robot.episode.tick()
+    assert [step for *_, step in robot.commands] == list(range(5))
+    assert robot.episode.statistics.deadline_misses == 2, "the chunk is used up"
+    robot.acting.set()
+    robot.episode.close()
+
+
+def test_actions_that_a_chunk_came_too_late_for_are_left_out():
+    robot = Robot(chunk=8)
+    robot.age = 2.9 * PERIOD
+    robot.step()
+    assert robot.commands[0][0][0] == 3
+    robot.episode.close()
+
+
+def test_a_chunk_that_nothing_takes_over_from_is_not_commanded_until_it_is_stale(monkeypatch):
+    robot = Robot(chunk=8)
+    robot.step()
+    robot.acting.clear()
+    monkeypatch.setattr(execution, "OLDEST_ACTION", 0.05)
+    time.sleep(0.1)
+    for _ in range(4):
+        robot.episode.tick()
+    assert len(robot.commands) == 1
+    robot.acting.set()
+    robot.episode.close()
 
 
 def test_the_first_step_is_left_out_of_the_percentiles():
@@ -180,6 +234,31 @@ def test_an_error_ends_the_episode_and_commands_nothing(robot, part, error, said
     robot.step()
     robot.step()
     assert ended(robot) == ("policy_error", said) and not robot.commands
+
+
+@pytest.mark.parametrize(
+    ("actions", "said"),
+    [
+        (np.full((1, 7), np.nan), "UserError: the policy gave an action that is not finite"),
+        (np.full((2, 7), np.inf), "UserError: the policy gave an action that is not finite"),
+        (np.zeros(7), "UserError: the policy gave actions of shape (7,) instead of (T, 7)"),
+        (np.zeros((0, 7)), "UserError: the policy gave actions of shape (0, 7) instead of (T, 7)"),
+    ],
+)
+def test_actions_that_are_none_end_the_episode(robot, actions, said):
+    robot.actions = actions
+    robot.step()
+    assert ended(robot) == ("policy_error", said) and not robot.commands
+
+
+def test_an_episode_that_was_held_up_does_not_go_on(robot, monkeypatch):
+    monkeypatch.setattr(execution, "LONGEST_STALL", 0.2)
+    robot.step()
+    time.sleep(0.4)
+    robot.step()
+    reason, message = ended(robot)
+    assert reason == "policy_error" and message.startswith("the node was held up for 0.")
+    assert len(robot.commands) == 1
 
 
 def test_a_policy_that_cannot_be_loaded_changes_nothing():

@@ -10,15 +10,16 @@ from rlrc_ros.guard import (
     ACTIVE,
     HOLD_TIME,
     HOLDING,
+    LONGEST_SILENCE,
     REACTION_TIME,
     STOPPED,
     WAITING,
-    ZERO,
     Command,
     Guard,
-    Limits,
     Pose,
 )
+from rlrc_ros.limits import Limits
+from rlrc_ros.motion import ZERO, angle_between, multiplied, turn_quaternion, z_axis
 
 PERIOD = 0.01
 BOX = {"workspace_min": (-0.5, -0.4, 0.0), "workspace_max": (0.5, 0.4, 0.6)}
@@ -34,19 +35,27 @@ def command(
     policy_label="A",
     episode_id="e1",
     publisher="",
+    **more,
 ):
-    return Command(linear, angular, gripper, age, frame_id, policy_label, episode_id, publisher)
+    return Command(
+        linear, angular, gripper, age, frame_id, policy_label, episode_id, publisher, **more
+    )
 
 
-def pose(position=CENTRE, age=0.0, frame_id="base_link"):
-    return Pose(position, age, frame_id)
+DOWN = (1.0, 0.0, 0.0, 0.0)
+"""The orientation of a tool whose z axis points down."""
+NO_JERK_LIMIT = {"max_linear_jerk": math.inf, "max_angular_jerk": math.inf}
+
+
+def pose(position=CENTRE, age=0.0, frame_id="base_link", orientation=DOWN):
+    return Pose(position, age, frame_id, orientation)
 
 
 class Run:
-    """A guard stepped at its rate."""
+    """A guard stepped at its rate; without a limit on jerk, so that ramps are straight."""
 
     def __init__(self, **limits):
-        self.guard = Guard(Limits(**limits))
+        self.guard = Guard(Limits(**{**NO_JERK_LIMIT, **limits}))
         self.now = 100.0
 
     def step(self, command=None, pose=None):
@@ -82,35 +91,51 @@ commands = st.builds(
     frame_id=st.sampled_from(["base_link", "base_link", "base_link", "camera"]),
     policy_label=st.sampled_from(["A", "A", "A", "B", ""]),
     episode_id=st.sampled_from(["e1", "e1", "e2", ""]),
+    observation_age=age,
+    period=st.one_of(st.just(0.1), number),
+)
+orientations = st.one_of(
+    st.just(DOWN),
+    st.tuples(small, small, small).map(lambda turn: multiplied(turn_quaternion(turn), DOWN)),
+    st.tuples(number, number, number, number),
 )
 poses = st.builds(
-    pose, position=vector, age=age, frame_id=st.sampled_from(["base_link", "base_link", "map"])
+    pose,
+    position=vector,
+    age=age,
+    frame_id=st.sampled_from(["base_link", "base_link", "map"]),
+    orientation=orientations,
 )
 intervals = st.one_of(
     st.just(PERIOD), st.floats(0.0, 0.1), st.floats(-1.0, 30.0), st.floats(-1e9, 1e9)
 )
-events = st.sampled_from([None] * 12 + ["stop", "press", "let go", "release"])
+events = st.sampled_from([None] * 12 + ["stop", "emergency", "press", "let go", "release"])
+jerks = st.one_of(st.just(math.inf), st.floats(2.0, 500.0))
 steps = st.lists(
     st.tuples(intervals, st.none() | commands, st.none() | poses, events), min_size=1, max_size=60
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(steps=steps, box=st.booleans())
-def test_whatever_comes_in_outputs_are_finite_and_within_the_limits(steps, box):
-    limits = Limits(**(BOX if box else {}))
+@given(steps=steps, box=st.booleans(), cone=st.booleans(), jerk=jerks)
+def test_whatever_comes_in_outputs_are_finite_and_within_the_limits(steps, box, cone, jerk):
+    more = {"max_tilt": 0.5} if cone else {}
+    limits = Limits(**(BOX if box else {}), **more, max_linear_jerk=jerk, max_angular_jerk=4 * jerk)
     guard = Guard(limits)
     now, last, last_now = 0.0, None, 0.0
     emergency = False
+    before = None  # the accelerations between the last two outputs, and how far these lay apart
     for interval, a_command, a_pose, event in steps:
         now += interval
         if event == "stop":
             guard.stop("asked to")
+        elif event == "emergency":
+            guard.emergency_stop()
         elif event in ("press", "let go"):
-            guard.emergency_stop(event == "press")
-            emergency |= event == "press"
+            guard.press(event == "press")
         elif event == "release" and not guard.release(now):
             emergency = False
+        emergency |= event in ("emergency", "press")
         output = guard.step(now, a_command, a_pose)
         if output is None:
             assert last is None or last.linear == last.angular == ZERO
@@ -119,16 +144,31 @@ def test_whatever_comes_in_outputs_are_finite_and_within_the_limits(steps, box):
         assert length(output.linear) <= limits.max_linear_speed + 1e-9
         assert length(output.angular) <= limits.max_angular_speed + 1e-9
         assert 0.0 <= output.gripper <= 1.0
+        stalled = interval > limits.controller_timeout
         if emergency:
             assert output.linear == output.angular == ZERO
         elif last is not None:
-            time = max(now - last_now, 0.0)
-            change = difference(output.linear, last.linear)
-            turn = difference(output.angular, last.angular)
+            # A stall lets the arm stand, then begin from there.
+            time = min(max(now - last_now, 0.0), PERIOD + REACTION_TIME)
+            change = difference(output.linear, ZERO if stalled else last.linear)
+            turn = difference(output.angular, ZERO if stalled else last.angular)
             grip = abs(output.gripper - last.gripper)
             assert change <= limits.max_linear_acceleration * time + 1e-9
             assert turn <= limits.max_angular_acceleration * time + 1e-9
             assert grip <= limits.max_gripper_rate * time + 1e-9
+        if emergency or stalled or last is None:
+            before = None
+        elif time > 1e-6:
+            linear, angular = (
+                tuple((a - b) / time for a, b in zip(new, old, strict=True))
+                for new, old in ((output.linear, last.linear), (output.angular, last.angular))
+            )
+            if before is not None:
+                apart = (time + before[2]) / 2
+                rounding = 1e-9 / min(time, before[2])
+                assert difference(linear, before[0]) <= jerk * apart + rounding
+                assert difference(angular, before[1]) <= 4 * jerk * apart + rounding
+            before = (linear, angular, time)
         last, last_now = output, now
 
 
@@ -146,11 +186,19 @@ def test_whatever_comes_in_outputs_are_finite_and_within_the_limits(steps, box):
     ),
     wanted=st.lists(st.tuples(small, small, small), min_size=1, max_size=6),
     acceleration=st.floats(0.05, 5.0),
+    jerk=jerks,
 )
 def test_an_arm_that_follows_late_and_is_measured_late_stays_in_the_box(
-    start, delay, ticks, wanted, acceleration
+    start, delay, ticks, wanted, acceleration, jerk
 ):
-    guard = Guard(Limits(**BOX, max_linear_speed=0.5, max_linear_acceleration=acceleration))
+    guard = Guard(
+        Limits(
+            **BOX,
+            max_linear_speed=0.5,
+            max_linear_acceleration=acceleration,
+            max_linear_jerk=jerk,
+        )
+    )
     now = 0.0
     outputs = [(-1.0, ZERO)]  # since when, which velocity
 
@@ -175,6 +223,63 @@ def test_an_arm_that_follows_late_and_is_measured_late_stays_in_the_box(
             BOX["workspace_min"], arm(now), BOX["workspace_max"], strict=True
         ):
             assert low - 1e-9 <= value <= high + 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tilt=st.floats(0.0, 0.5),
+    around=st.floats(-3.0, 3.0),
+    delay=st.integers(0, 5),
+    wanted=st.lists(st.tuples(small, small, small), min_size=1, max_size=6),
+    acceleration=st.floats(1.0, 20.0),
+    jerk=st.one_of(st.just(math.inf), st.floats(20.0, 500.0)),
+)
+def test_a_tool_that_turns_late_stays_in_its_cone(tilt, around, delay, wanted, acceleration, jerk):
+    limits = Limits(max_tilt=0.5, max_angular_acceleration=acceleration, max_angular_jerk=jerk)
+    guard, now = Guard(limits), 0.0
+    axis = (math.cos(around), math.sin(around), 0.0)
+    orientation = multiplied(turn_quaternion(tuple(tilt * x for x in axis)), DOWN)
+    queue = [ZERO] * delay  # periods that the arm follows late
+    for k in range(150):
+        now += PERIOD
+        target = wanted[k * len(wanted) // 150]
+        output = guard.step(now, command(angular=target), pose(orientation=orientation))
+        queue.append(output.angular)
+        turn = turn_quaternion(tuple(PERIOD * w for w in queue.pop(0)))
+        orientation = multiplied(turn, orientation)
+        assert angle_between(limits.cone_axis, z_axis(orientation)) <= 0.5 + 1e-9
+
+
+def test_a_tool_at_the_wall_of_its_cone_may_spin_about_itself_and_turn_back():
+    tilted = pose(orientation=multiplied(turn_quaternion((0.5, 0.0, 0.0)), DOWN))
+    tool = z_axis(tilted.orientation)
+    run = Run(max_tilt=0.4)
+    assert run.steps(0.5, command(angular=(0.5, 0.0, 0.0)), tilted)[-1].angular == ZERO
+    assert run.guard.counts.limited_orientation == 50
+    spin = tuple(0.5 * x for x in tool)
+    assert run.steps(0.5, command(angular=spin), tilted)[-1].angular == pytest.approx(spin)
+    back = (-0.5, 0.0, 0.0)
+    assert run.steps(0.8, command(angular=back), tilted)[-1].angular == pytest.approx(back)
+
+
+def test_a_tool_turned_outwards_comes_close_to_the_wall_of_its_cone():
+    run, tilt = Run(max_tilt=0.5), 0.0
+    for _ in range(600):
+        orientation = multiplied(turn_quaternion((tilt, 0.0, 0.0)), DOWN)
+        output = run.step(command(angular=(1.0, 0.0, 0.0)), pose(orientation=orientation))
+        tilt += output.angular[0] * PERIOD
+    assert 0.48 < tilt <= 0.5
+
+
+def test_a_jerk_limit_rounds_the_ramp_off_and_still_comes_to_rest():
+    run = Run(max_linear_acceleration=1.0, max_linear_jerk=10.0)
+    outputs = run.steps(1.0, command(linear=(0.2, 0.0, 0.0)))
+    speeds = [0.0, *(o.linear[0] for o in outputs)]
+    changes = [b - a for a, b in itertools.pairwise(speeds)]
+    assert max(abs(b - a) for a, b in itertools.pairwise(changes)) <= 10.0 * PERIOD**2 + 1e-12
+    assert speeds[-1] == 0.2 and run.guard.counts.limited_jerk > 20
+    run.guard.stop("operator")
+    assert run.steps(1.0)[-1].linear == ZERO and not run.guard.moving
 
 
 def test_an_arm_pushed_against_a_wall_comes_close_to_it():
@@ -258,6 +363,9 @@ def test_a_gripper_out_of_range_is_clamped_and_counted():
         (command(age=0.5), "rejected_stale", "0.5 s old"),
         (command(age=-5.0), "rejected_stale", "-5 s old"),
         (command(age=math.nan), "rejected_stale", "nan"),
+        (command(observation_age=3.0), "rejected_stale", "for what was seen 3 s ago"),
+        (command(observation_age=math.nan), "rejected_stale", "nan"),
+        (command(period=math.inf), "rejected_not_finite", "not finite"),
         (command(frame_id="camera"), "rejected_frame", "'camera', not 'base_link'"),
         (command(policy_label=""), "rejected_source", "no policy_label"),
         (command(episode_id=""), "rejected_source", "no episode_id"),
@@ -297,6 +405,27 @@ def test_silence_brakes_at_the_limit_then_sends_zeros_then_gives_the_arm_up():
     assert set(zeros) == {0.0} and len(zeros) == pytest.approx(HOLD_TIME / PERIOD, abs=2)
     assert outputs[-1] is None and run.guard.state == WAITING
     assert run.guard.counts.stops_on_silence == 1
+
+
+@pytest.mark.parametrize(
+    ("period", "silence"),
+    [(0.05, 0.1), (0.2, 0.4), (9.0, LONGEST_SILENCE), (0.0, 0.25), (-1, 0.25)],
+)
+def test_a_policy_is_waited_for_two_of_its_periods(period, silence):
+    run = Run(command_timeout=0.25, max_linear_acceleration=50.0)
+    run.step(command(period=period))
+    outputs = run.steps(1.0)
+    moving = [output for output in outputs if output is not None and output.linear != ZERO]
+    assert len(moving) == pytest.approx(silence / PERIOD, abs=1.5)
+
+
+def test_a_guard_that_was_held_up_begins_from_standstill():
+    run = Run(command_timeout=2.0, max_linear_acceleration=1.0, max_linear_jerk=10.0)
+    run.steps(0.5, command(linear=(0.2, 0.0, 0.0)))
+    run.now += 0.3
+    assert run.step().linear[0] < 0.06 and run.guard.counts.stalls == 1
+    assert run.steps(0.5, command(linear=(0.2, 0.0, 0.0)))[-1].linear[0] == 0.2
+    assert run.guard.counts.stalls == 1
 
 
 def test_another_policy_may_take_a_standing_arm_but_not_a_moving_one():
@@ -348,19 +477,28 @@ def test_commands_are_dropped_and_counted_while_stopped():
 def test_an_emergency_stop_is_zero_at_once():
     run = Run()
     run.steps(0.5, command(linear=(0.25, 0.0, 0.0), angular=(1.0, 0.0, 0.0)))
-    run.guard.emergency_stop(True)
+    run.guard.press(True)
     output = run.step(command())
     assert output.linear == output.angular == ZERO
     assert run.guard.state == STOPPED and run.guard.reason == "emergency stop"
 
 
+def test_an_emergency_stop_without_a_button_is_released_without_one():
+    run = Run()
+    run.steps(0.5, command())
+    run.guard.emergency_stop()
+    assert run.step(command()).linear == ZERO
+    run.steps(0.3)
+    assert run.guard.release(run.now) == ""
+
+
 def test_release_is_refused_while_the_button_is_pressed_or_commands_have_speed():
     run = Run()
     run.steps(0.5, command())
-    run.guard.emergency_stop(True)
+    run.guard.press(True)
     run.steps(0.5)
     assert "still true" in run.guard.release(run.now)
-    run.guard.emergency_stop(False)
+    run.guard.press(False)
     assert run.guard.state == STOPPED
     run.step(command())
     assert "still coming in" in run.guard.release(run.now)
@@ -371,7 +509,7 @@ def test_release_is_refused_while_the_button_is_pressed_or_commands_have_speed()
 
 def test_an_arm_that_was_never_moved_gets_nothing_while_stopped():
     run = Run()
-    run.guard.emergency_stop(True)
+    run.guard.press(True)
     assert run.steps(0.1, command()) == [None] * 10
     assert run.guard.state == STOPPED
 
@@ -393,6 +531,7 @@ def test_without_a_pose_nothing_moves_and_the_reason_is_said():
         (pose(age=-5.0), "of the future"),
         (pose((math.nan, 0.0, 0.0)), "not finite"),
         (pose(frame_id="map"), "frame 'map'"),
+        (pose(orientation=(0.0, 0.0, 0.0, 0.0)), "no unit quaternion"),
     ],
 )
 def test_a_pose_that_is_of_no_use_brakes_the_arm_until_it_is(bad, words):
@@ -432,6 +571,11 @@ def test_a_pose_that_jumps_outside_brakes_the_arm_at_the_limit():
         ({"max_linear_speed": -1.0}, "max_linear_speed is -1.0"),
         ({"command_timeout": math.nan}, "command_timeout is nan"),
         ({"max_gripper_rate": math.inf}, "max_gripper_rate is inf"),
+        ({"max_linear_jerk": 0.0}, "max_linear_jerk is 0.0"),
+        ({"max_angular_jerk": math.nan}, "max_angular_jerk is nan"),
+        ({"max_tilt": 4.0}, "max_tilt is 4.0"),
+        ({"cone_axis": ZERO}, "cone_axis is"),
+        ({"cone_axis": (0.0, math.nan, 1.0)}, "cone_axis is"),
         ({"base_frame": ""}, "base_frame"),
         ({"labels": ("A", "")}, "empty label"),
         ({"workspace_min": (0.0, 0.0, 0.0)}, "both or neither"),

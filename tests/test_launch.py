@@ -23,6 +23,8 @@ from launch_ros.actions import Node
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
 from rlrc_ros.profile import load_profile
+from rlrc_ros.trials.plan import Draft, DraftTask, lock
+from rlrc_ros.trials.session import TrialSession
 
 logging.setLoggerClass(logging.Logger)  # as in conftest.py
 
@@ -87,9 +89,9 @@ def test_arguments_reach_the_nodes():
 
 
 def test_a_real_robot_gets_no_simulated_arm_and_its_own_topics():
-    profile = load_profile("servo_arm")
+    profile = load_profile("ur5e")
     nodes = {
-        name: remapped for name, _, remapped, _ in launched("robot.launch.py", profile="servo_arm")
+        name: remapped for name, _, remapped, _ in launched("bringup.launch.py", profile="ur5e")
     }
     assert list(nodes) == NODES[1:]
     assert nodes["command_guard_node"]["ee_command"] == profile.ee_command
@@ -97,7 +99,53 @@ def test_a_real_robot_gets_no_simulated_arm_and_its_own_topics():
 
 
 def test_sim_never_takes_the_profile_of_a_real_robot():
-    assert launched("sim.launch.py", profile="servo_arm") == launched("sim.launch.py")
+    assert launched("sim.launch.py", profile="ur5e") == launched("sim.launch.py")
+
+
+def test_record_starts_the_recorder_alone():
+    ((executable, parameters, _, environment),) = launched(
+        "record.launch.py", profile="fr3", output_dir="demos", record_topics="/a,/b"
+    )
+    assert executable == "recorder_node" and environment == bringup.TRANSPORT_ENVIRONMENT
+    assert (parameters["output_dir"], parameters["topics"]) == ("demos", ["/a", "/b"])
+
+
+def test_device_and_simulated_time_reach_the_nodes_and_an_arm_without_a_pose_gets_one():
+    nodes = {
+        executable: parameters
+        for executable, parameters, *_ in launched(
+            "bringup.launch.py", profile="xarm7", device="cuda:1", use_sim_time="true"
+        )
+    }
+    assert nodes["policy_node"]["device"] == "cuda:1"
+    assert nodes["ee_pose_node"]["ee_frame"] == "link_tcp"
+    assert all(parameters["use_sim_time"] for parameters in nodes.values())
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.launch.py")), ids=lambda file: file.name)
+def test_every_argument_is_described(file):
+    description = get_launch_description_from_python_launch_file(str(file))
+    declared = description.get_launch_arguments()
+    assert declared and all(len(argument.description) > 20 for argument in declared)
+
+
+def test_a_trials_nodes_get_its_sealed_policies_and_its_directory(make_bundle, tmp_path):
+    arms = {name: str(make_bundle(name).path) for name in ("a", "b")}
+    task = DraftTask(name="any", rubric="in place", first_seed=1)
+    draft = Draft(
+        name="test", robot="sim", margin=0.2, max_duration=5.0, arms=arms, tasks=(task,), pairs=2
+    )
+    TrialSession.create(tmp_path / "trial", lock(draft, tmp_path)).close()
+    nodes = {
+        name: parameters
+        for name, parameters, *_ in launched("trial.launch.py", dir=str(tmp_path / "trial"))
+    }
+    assert list(nodes) == NODES
+    assert nodes["policy_node"]["policies"] == []
+    assert nodes["policy_node"]["sealed"] == str(tmp_path / "trial" / "sealed.json")
+    assert nodes["recorder_node"]["output_dir"] == str(tmp_path / "trial" / "bags")
+    with pytest.raises(UserError, match="there is no such file"):
+        launched("trial.launch.py", dir=str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +168,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
     elif arguments["profile"] == "BAD":
         arguments["profile"] = str(bad)
     with pytest.raises((UserError, RuntimeError)) as raised:
-        launched("robot.launch.py", **arguments)
+        launched("bringup.launch.py", **arguments)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -155,12 +203,13 @@ def test_ros2_launch_brings_everything_up_and_down(make_bundle, tmp_path):
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while "ready for episodes" not in log.read_text() and time.monotonic() < deadline:
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
+        assert "ready for episodes" in log.read_text(), log.read_text()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
     printed = log.read_text()

@@ -75,13 +75,13 @@ def distributions(modules):
 @pytest.mark.parametrize(
     "places, extras",
     [
-        (["rlrc_ros"], ["sim", "ros"]),
+        (["rlrc_ros"], ["sim", "ros", "lerobot"]),
         (["training"], ["sim", "train"]),
         (["scripts"], []),
-        (["tests"], ["sim", "train", "ros", "dev"]),
+        (["tests"], ["sim", "train", "ros", "dev", "lerobot"]),
         (
             [f"rlrc_ros/{place}" for place in ("vla", "trials", "rollouts", "cli", "messages")],
-            ["ros"],
+            ["ros", "lerobot"],
         ),
     ],
     ids=["robot", "training", "scripts", "tests", "without the simulation"],
@@ -92,7 +92,7 @@ def test_every_import_is_declared(places, extras):
 
 def test_nothing_is_declared_that_nobody_imports():
     used = distributions(imported("rlrc_ros", "training", "tests", "scripts"))
-    assert declared("sim", "train", "ros") - used == {"rlrc-ros"}
+    assert declared("sim", "train", "ros", "lerobot") - used == {"rlrc-ros"}
 
 
 def test_package_xml_names_every_ros_package_that_is_imported():

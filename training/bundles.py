@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from rlrc_ros.errors import UserError
@@ -30,7 +31,6 @@ from rlrc_ros.vla.openvla import OpenVLA
 from rlrc_ros.vla.policy import build_model, load_model
 from rlrc_ros.vla.processor import Processor, word_tokenizer
 from training.config import ModelConfig
-from training.data.demonstrations import Demonstrations
 
 TEMPLATE = "in: {instruction} out:"
 
@@ -93,15 +93,18 @@ def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
         UserError: it is damaged, or quantized: such weights have no gradients.
     """
     bundle = open_bundle(policy)
+    bundle.require_action_scale()
     if bundle.config.quantization:
         raise UserError(f"{bundle.path}: is quantized; train its parent instead, and quantize last")
     return Trainable(load_model(bundle, device), bundle.config, bundle.tokenizer(), bundle)
 
 
-def new_trainable(model: ModelConfig, data: Demonstrations, device: torch.device) -> Trainable:
+def new_trainable(
+    model: ModelConfig, proprioception: NDArray[np.float32], device: torch.device
+) -> Trainable:
     """A policy for the tabletop with fresh weights.
 
-    Proprioception is scaled by the demonstrations, actions by the environment's own limits.
+    Proprioception is scaled by the demonstrations' (N, P), actions by the environment's own limits.
     """
     tokenizer = word_tokenizer([*VOCABULARY, *["in", ":", "out"]])
     text = -(-tokenizer.get_vocab_size() // 64) * 64
@@ -129,8 +132,8 @@ def new_trainable(model: ModelConfig, data: Demonstrations, device: torch.device
         proprioception=ProprioceptionConfig(
             joints=JOINT_NAMES,
             gripper=True,
-            mean=tuple(data.proprioception.mean(0).tolist()),
-            std=tuple(np.maximum(data.proprioception.std(0), 1e-3).tolist()),
+            mean=tuple(proprioception.mean(0).tolist()),
+            std=tuple(np.maximum(proprioception.std(0), 1e-3).tolist()),
         ),
         control_rate=float(CONTROL_RATE),
         instruction_template=TEMPLATE,

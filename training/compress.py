@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ from rlrc_ros.vla.inspection import inspect
 from training import prune, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
 from training.common import claim, forget_checkpoints, pick_device, seed_everything
-from training.config import CompressConfig
+from training.config import CompressConfig, SftConfig, stated
 from training.data.collect import collect_demonstrations
-from training.data.demonstrations import Demonstrations, join, read
+from training.data.demonstrations import read_proprioception
 from training.evaluate import EpisodeResult, Evaluation, evaluate, summarise
+from training.sft import DemonstrationBatches
 
 Say = Callable[[str], None]
 
@@ -48,9 +48,8 @@ class Pipeline:
         self.config, self.out, self.say = config, out, say
         self.device = pick_device(device)
         self._latency = config.demonstrations.latency
-        self._read: dict[Path, Demonstrations] = {}
-        self._joined: tuple[list[Path], Any] = ([], None)
-        claim(out, asdict(config))
+        self._held: DemonstrationBatches | None = None
+        claim(out, stated(config))
 
     def run(self, evaluate_too: bool = True) -> dict[str, Any]:
         """Make what is missing; returns what `summary.json` holds.
@@ -73,20 +72,27 @@ class Pipeline:
         seeds = [f"rl-seed-{seed}" for seed in self.config.rl.seeds]
         return ["original", "pruned", "recovered", *seeds, "compressed"]
 
-    def _data(self, *stages: str) -> Demonstrations:
-        """The demonstrations, recorded if need be, and the corrections that stages collected."""
+    def _demonstrations(self) -> Path:
+        """Where they are; recorded if need be."""
         place, wanted = self.out / "demonstrations", self.config.demonstrations
-        if place not in self._read:
+        if self._held is None:
             self.say(f"demonstrations: {wanted.episodes} episodes of the scripted expert")
             collect_demonstrations(place, wanted)
-        works = [self.out / "work" / stage for stage in stages]
-        places = [place, *(found for work in works for found in sorted(work.glob("corrections-?")))]
+        return place
+
+    def _batches(self, trainable: Trainable, *stages: str) -> DemonstrationBatches:
+        """The demonstrations, and the corrections that stages collected.
+
+        All stages share them: they differ in weights, not in how they see.
+        """
+        places = [self._demonstrations()]
+        for stage in stages:
+            places += sorted((self.out / "work" / stage).glob("corrections-?"))
+        if self._held is None:
+            self._held = DemonstrationBatches(trainable.processor, trainable.codec, self.device)
         for place in places:
-            if place not in self._read:
-                self._read[place] = read(place)
-        if self._joined[0] != places:  # most stages want the same, and joining copies it all
-            self._joined = places, join([self._read[place] for place in places])
-        return self._joined[1]
+            self._held.take(place)
+        return self._held
 
     def _bundle(
         self, name: str, parent: str | None, stage: Callable[[Trainable], dict[str, Any]]
@@ -101,7 +107,8 @@ class Pipeline:
         if parent:
             trainable = load_trainable(self.out / parent, self.device)
         else:
-            trainable = new_trainable(self.config.model, self._data(), self.device)
+            proprioception = read_proprioception(self._demonstrations())
+            trainable = new_trainable(self.config.model, proprioception, self.device)
         facts = stage(trainable)
         trainable.save(place, name, **facts)
         forget_checkpoints(self.out / "work" / name)
@@ -112,19 +119,19 @@ class Pipeline:
         return evaluate(task, str(self.device), log=self.out / "evaluation" / f"{name}.jsonl")
 
     def _sft_original(self, trainable: Trainable) -> dict[str, Any]:
-        return self._sft(self.config.sft, trainable, "original", self._data())
+        return self._sft(self.config.sft, trainable, "original")
 
     def _recover(self, trainable: Trainable) -> dict[str, Any]:
-        return self._sft(self.config.recovery, trainable, "recovered", self._data("original"))
+        return self._sft(self.config.recovery, trainable, "recovered", "original")
 
     def _sft(
-        self, config: Any, trainable: Trainable, name: str, data: Demonstrations
+        self, config: SftConfig, trainable: Trainable, name: str, *stages: str
     ) -> dict[str, Any]:
         work = self.out / "work" / name
         return sft.run(
             config,
             trainable,
-            data,
+            self._batches(trainable, *stages),
             seed=self.config.seed,
             device=self.device,
             work=work,
@@ -132,16 +139,14 @@ class Pipeline:
         )
 
     def _prune(self, trainable: Trainable) -> dict[str, Any]:
-        data = self._data("original")
-        return prune.run(
-            self.config.prune, trainable, data, seed=self.config.seed, device=self.device
-        )
+        batches = self._batches(trainable, "original")
+        return prune.run(self.config.prune, trainable, batches, seed=self.config.seed)
 
     def _rl(self, trainable: Trainable, seed: int) -> dict[str, Any]:
         return rl.run(
             self.config.rl,
             trainable,
-            self._data("original", "recovered"),
+            self._batches(trainable, "original", "recovered"),
             seed=seed,
             device=self.device,
             work=self.out / "work" / f"rl-seed-{seed}",

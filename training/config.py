@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.schema import from_dict, read_yaml
 from rlrc_ros.vla.config import LayerWidths, QuantizationConfig, TowerConfig
+
+PRUNE_TARGETS = ("remove", "remove_of_llm", "max_bytes", "max_latency_ms")
 
 LAST_SEED = 2**32 - 1
 """The largest seed that NumPy's global generator takes."""
@@ -146,23 +148,102 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """Structured pruning of the decoder."""
+    """Structured pruning of the decoder, towards exactly one target.
 
-    remove: float
-    """Share of the decoder layers' parameters to remove at least."""
-    keep_layers: int
+    `remove` with `keep_layers` and nothing else gives every layer that stays the same widths, the
+    first and the last included. `granularity` and the other targets plan what to give up by
+    importance, see `training.planning`.
+    """
+
+    remove: float | None = None
+    """Target: share of the decoder layers' parameters to remove at least."""
+    keep_layers: int | None = None
     """Whole layers left, the first and the last among them; the rest of the share goes by width."""
-    importance: Literal["taylor", "magnitude", "random"] = "taylor"
+    importance: Literal["taylor", "magnitude", "activation", "random"] = "taylor"
     ffn_multiple: int = 32
     """Feed-forward widths are multiples of this."""
     calibration_samples: int = 1024
+    granularity: Literal["width", "depth", "both"] | None = None
+    """Heads and channels, or whole layers, or both."""
+    attention: Literal["groups", "heads"] | None = None
+    """What attention gives up: key-value heads with the queries that share them (the default), or
+    query heads alone, as many in every group.
+    """
+    attention_multiple: int | None = None
+    """Widths of queries, keys and values are multiples of this (default: the head size)."""
+    protect: int | None = None
+    """Layers at either end that stay whole (default 1)."""
+    remove_of_llm: float | None = None
+    """Target: share of the whole LLM's parameters, embedding and head included."""
+    max_bytes: int | None = None
+    """Target: bytes of the whole LLM's weights as stored."""
+    weight_bits: float | None = None
+    """Bits of a layer's weight as `max_bytes` counts them (default 16).
+
+    4.13 if the policy is to be NF4 with double quantization. Embedding, head and norms have 16.
+    """
+    max_latency_ms: float | None = None
+    """Target: median time of a whole action at batch 1, ms."""
+    latency_of: str | None = None
+    """The device it is meant for.
+
+    `cpu`, `cuda`: measured here and now. Or a file that `python -m training.latency` wrote there.
+    """
+    calibration_batch: int | None = None
+    """Demonstration steps at a time in calibration (default 64); fewer take less memory."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.remove < 1:
-            raise UserError("prune: 'remove' is a share, above 0 and below 1")
-        if self.keep_layers < 2:
+        targets = [name for name in PRUNE_TARGETS if getattr(self, name) is not None]
+        if len(targets) != 1:
+            given = f"; given: {', '.join(targets)}" if targets else ""
+            raise UserError(f"prune: give exactly one of {', '.join(PRUNE_TARGETS)}{given}")
+        for name in ("remove", "remove_of_llm"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1:
+                raise UserError(f"prune: '{name}' is a share, above 0 and below 1")
+        self._check_combination(targets[0])
+        optional = "max_bytes weight_bits max_latency_ms attention_multiple calibration_batch"
+        given = " ".join(name for name in optional.split() if getattr(self, name) is not None)
+        _check("prune", self, positive=f"ffn_multiple calibration_samples {given}")
+        if self.protect is not None:
+            _check("prune", self, natural="protect")
+
+    def _check_combination(self, target: str) -> None:
+        """Refuse keys that would have no effect."""
+        if self.keep_layers is not None and self.keep_layers < 2:
             raise UserError("prune: 'keep_layers' must be at least 2, the first and the last")
-        _check("prune", self, positive="ffn_multiple calibration_samples")
+        planned = ("granularity", "attention", "attention_multiple", "protect")
+        if self.granularity is None:
+            without = [name for name in planned if getattr(self, name) is not None]
+            if target != "remove" or without:
+                raise UserError(f"prune: '{(without or [target])[0]}' also takes 'granularity'")
+            if self.keep_layers is None:
+                raise UserError("prune: 'remove' also takes 'keep_layers' or 'granularity'")
+        elif self.keep_layers is not None:
+            raise UserError("prune: 'granularity' decides how many layers stay; no 'keep_layers'")
+        if (self.max_latency_ms is None) != (self.latency_of is None):
+            raise UserError("prune: 'max_latency_ms' and 'latency_of' belong together")
+        if self.weight_bits is not None and self.max_bytes is None:
+            raise UserError("prune: 'weight_bits' is for 'max_bytes'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifyConfig:
+    """Zeros among the weights of the decoder's layers: what structured pruning is compared with."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt"]
+    sparsity: float
+    """Share of the weights that become zero."""
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    """2:4: two of every four neighbouring inputs, which GPUs can make use of."""
+    calibration_samples: int = 256
+    calibration_batch: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise UserError("sparsify: 'sparsity' is a share, above 0 and below 1")
+        if self.pattern == "2:4" and self.sparsity != 0.5:
+            raise UserError(f"sparsify: 2:4 is a sparsity of 0.5, not {self.sparsity}")
+        _check("sparsify", self, positive="calibration_samples calibration_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +321,14 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LAST_SEED:
             raise UserError(f"'seed' is {self.seed}, and must be from 0 to {LAST_SEED}")
+
+
+def stated(config: Any) -> dict[str, Any]:
+    """A configuration as keys and values, without the options that were left open.
+
+    So a run's directory and a bundle's provenance say the same after an option is added.
+    """
+    return asdict(config, dict_factory=lambda items: {key: v for key, v in items if v is not None})
 
 
 def load_config(path: Path) -> CompressConfig:

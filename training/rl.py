@@ -45,7 +45,6 @@ from training.common import (
     save_checkpoint,
 )
 from training.config import RlConfig
-from training.data.demonstrations import Demonstrations
 from training.envs.vector import make_vector
 from training.rollout import Batcher, Decoder
 from training.sft import DemonstrationBatches, bc_loss
@@ -333,7 +332,7 @@ def _value_loss(values: Tensor, old_values: Tensor, returns: Tensor, config: RlC
 def run(
     config: RlConfig,
     trainable: Trainable,
-    data: Demonstrations,
+    batches: DemonstrationBatches,
     *,
     seed: int,
     device: torch.device,
@@ -355,7 +354,7 @@ def run(
         TokenPolicy,
         TokenActions(venv, codec),
         config,
-        DemonstrationBatches(data, processor, codec, device),
+        batches,
         work,
         policy_kwargs={
             "model": trainable.model,

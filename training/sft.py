@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.processor import Processor
@@ -41,7 +43,7 @@ from training.common import (
 )
 from training.config import SftConfig
 from training.data.collect import collect_corrections
-from training.data.demonstrations import Demonstrations, join, read
+from training.data.demonstrations import Demonstrations, read
 from training.rollout import Actor
 
 
@@ -63,22 +65,56 @@ class Batch:
 class DemonstrationBatches:
     """Random batches of demonstration steps, kept on the device."""
 
-    def __init__(
-        self, data: Demonstrations, processor: Processor, codec: ActionCodec, device: torch.device
-    ) -> None:
-        self._processor, self._device = processor, device
-        self._images = torch.from_numpy(data.images).to(device)
-        self._proprioception = torch.from_numpy(data.proprioception).to(device)
-        self._bins = torch.from_numpy(codec.encode(data.actions.astype(np.float64))).to(device)
-        self._grounding = torch.from_numpy(data.grounding).to(device)
-        self._prompts = torch.from_numpy(data.prompts).to(device)
-        ids, mask = processor.batch_token_ids(data.instructions)
-        self._ids, self._mask = ids.to(device), None if mask is None else mask.to(device)
+    def __init__(self, processor: Processor, codec: ActionCodec, device: torch.device) -> None:
+        self._processor, self._codec, self._device = processor, codec, device
+        self._instructions: dict[str, int] = {}
+        self._steps: dict[str, Tensor] = {}
+        self._taken: list[Path] = []
+
+    def take(self, place: Path) -> None:
+        """Add a directory of demonstrations, unless it has been taken before."""
+        if place not in self._taken:
+            self.add(read(place))
+            self._taken.append(place)
+
+    def add(self, data: Demonstrations) -> None:
+        """Add steps; joined on the device, where there is room and copying takes no time.
+
+        Raises:
+            UserError: their images, proprioception or actions have another shape than those before.
+        """
+        for text in data.instructions:
+            self._instructions.setdefault(text, len(self._instructions))
+        numbers = np.array([self._instructions[text] for text in data.instructions])
+        arrays: dict[str, NDArray[Any]] = {
+            "images": data.images,
+            "proprioception": data.proprioception,
+            "bins": self._codec.encode(data.actions.astype(np.float64)),
+            "grounding": data.grounding,
+            "prompts": numbers[data.prompts],
+        }
+        for name in ("images", "proprioception", "bins") if self._steps else ():
+            here, there = tuple(self._steps[name].shape[1:]), arrays[name].shape[1:]
+            if here != there:
+                raise UserError(
+                    f"the demonstrations do not go together: {name} of shapes {here} and {there}; "
+                    "export rollouts for the policy that was trained on the others"
+                )
+        for name, array in arrays.items():
+            new = torch.from_numpy(array).to(self._device)
+            old = self._steps.pop(name, new[:0])
+            if name == "grounding":  # a recording of a real arm knows nothing of it
+                width = max(old.shape[1], new.shape[1])
+                old, new = (F.pad(x, (0, width - x.shape[1]), value=math.nan) for x in (old, new))
+            self._steps[name] = torch.cat([old, new])
+        ids, mask = self._processor.batch_token_ids(list(self._instructions))
+        self._ids = ids.to(self._device)
+        self._mask = None if mask is None else mask.to(self._device)
 
     @property
     def grounding_size(self) -> int:
         """How many grounding values a step has."""
-        return self._grounding.shape[1]
+        return self._steps["grounding"].shape[1]
 
     def sample(self, size: int, brightness: float = 0.0, shift: int = 0) -> Batch:
         """`size` steps, drawn with the device's global generator.
@@ -87,9 +123,10 @@ class DemonstrationBatches:
         shift: each image is moved by up to so many pixels down or up, right or left.
         """
         # Drawn on the device: a copy to it would wait for everything before.
-        rows = torch.randint(len(self._bins), (size,), device=self._device)
-        prompts = self._prompts[rows]
-        images = self._images[rows]
+        steps = self._steps
+        rows = torch.randint(len(steps["bins"]), (size,), device=self._device)
+        prompts = steps["prompts"][rows]
+        images = steps["images"][rows]
         if shift:
             images = shifted(
                 images, torch.randint(-shift, shift + 1, (2, size), device=self._device)
@@ -104,9 +141,9 @@ class DemonstrationBatches:
             self._ids[prompts],
             None if self._mask is None else self._mask[prompts],
             pixels,
-            self._processor.normalise_proprioception(self._proprioception[rows]),
+            self._processor.normalise_proprioception(steps["proprioception"][rows]),
         )
-        return Batch(inputs, self._bins[rows], self._grounding[rows])
+        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows])
 
 
 def shifted(images: Tensor, by: Tensor) -> Tensor:
@@ -179,9 +216,8 @@ class Trainer:
         config: how.
         device: where.
         work: directory for the log (`log.csv`) and the checkpoint.
-        rebuild: called with the number of a corrections round and the averaged policy when that
-            round is due; returns the batches to go on with. Must return at once where the round
-            was collected before.
+        correct: called with the number of a corrections round and the averaged policy when that
+            round is due; adds it to the batches. Must not collect again what was collected before.
     """
 
     def __init__(
@@ -191,10 +227,10 @@ class Trainer:
         config: SftConfig,
         device: torch.device,
         work: Path,
-        rebuild: Callable[[int, OpenVLA], DemonstrationBatches] | None = None,
+        correct: Callable[[int, OpenVLA], None] | None = None,
     ) -> None:
         self._model, self._batches, self._config, self._device = model, batches, config, device
-        self._work, self._rebuild = work, rebuild
+        self._work, self._collect = work, correct
         self._head = GroundingHead(
             model.config.decoder.hidden_size, batches.grounding_size, device=device
         )
@@ -267,10 +303,10 @@ class Trainer:
         """Collect a corrections round if it is due; after a resume, take up the earlier ones."""
         for number, corrections in enumerate(self._config.corrections):
             due = corrections.at_step
-            if self._rebuild and (self._step == due or due < self._step == first):
+            if self._collect and (self._step == due or due < self._step == first):
                 current = {name: value.clone() for name, value in self._current.items()}
                 self._model.load_state_dict(self._average)
-                self._batches = self._rebuild(number, self._model.eval())
+                self._collect(number, self._model.eval())
                 self._model.load_state_dict(current)
                 self._model.train()
 
@@ -309,7 +345,7 @@ def schedule(step: int, config: SftConfig) -> float:
 def run(
     config: SftConfig,
     trainable: Trainable,
-    data: Demonstrations,
+    batches: DemonstrationBatches,
     *,
     seed: int,
     device: torch.device,
@@ -318,23 +354,18 @@ def run(
 ) -> dict[str, Any]:
     """Train on demonstrations and the corrections collected on the way.
 
-    Corrections go to `work/corrections-N`. Returns the stage's facts.
+    Corrections go to `work/corrections-N` and into the batches. Returns the stage's facts.
     """
     seed_everything(seed)
-    processor, codec = trainable.processor, trainable.codec
 
-    parts = [data]
-
-    def rebuild(number: int, model: OpenVLA) -> DemonstrationBatches:
+    def correct(number: int, model: OpenVLA) -> None:
         place, wanted = work / f"corrections-{number}", config.corrections[number]
         if not place.exists():
             environments = min(wanted.episodes, 8 * cpu_count())
-            actor = Actor(model, processor, codec, device, environments)
+            actor = Actor(model, trainable.processor, trainable.codec, device, environments)
             collect_corrections(place, actor, wanted, latency)
-        parts.append(read(place))
-        return DemonstrationBatches(join(parts), processor, codec, device)
+        batches.take(place)
 
     began = time.perf_counter()
-    batches = DemonstrationBatches(data, processor, codec, device)
-    metrics = Trainer(trainable.model, batches, config, device, work, rebuild).run()
+    metrics = Trainer(trainable.model, batches, config, device, work, correct).run()
     return {"seed": seed, "seconds": time.perf_counter() - began, **asdict(config), **metrics}

@@ -5,33 +5,38 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from rlrc_ros.cli import bag_export
 from rlrc_ros.cli.output import emit
 from rlrc_ros.profile import load_profile
 from rlrc_ros.rollouts.repair import repair
 from rlrc_ros.rollouts.verify import BagReport, verify
 
-HELP = "verify and repair recorded episodes"
+HELP = "verify, repair and export recorded episodes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to do, and with which bag."""
-    parser.add_argument(
-        "action",
-        choices=("verify", "repair"),
-        help="verify: is it whole, and what is in it; exit status 1 where something is wrong."
-        " repair: make a cut-off recording whole again, and keep the original",
-    )
-    parser.add_argument("bag", help="the bag's directory")
-    parser.add_argument(
-        "--profile",
-        help="with verify: the robot, a YAML file or the name of one in config/robots; what it"
-        " names and the bag lacks is wrong too",
-    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    helps = {
+        "verify": "is it whole, and what is in it; exit status 1 where something is wrong",
+        "repair": "make a cut-off recording whole again, and keep the original",
+    }
+    for name, text in helps.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("bag", help="the bag's directory")
+        if name == "verify":
+            action.add_argument(
+                "--profile",
+                help="the robot, a YAML file or the name of one in config/robots; what it names "
+                "and the bag lacks is wrong too",
+            )
+    export = actions.add_parser("export", help=bag_export.HELP, description=bag_export.HELP)
+    bag_export.add_arguments(export)
 
 
 def main(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    return _verify(args) if args.action == "verify" else _repair(args)
+    return {"verify": _verify, "repair": _repair, "export": bag_export.main}[args.action](args)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 HELP = "measure latency and memory of policies, interleaved round by round"
 
+SHAPES = ("openvla-7b",)
 INSTRUCTION = "put the red cube on the blue plate"
 OBSERVATIONS = 8
 """Different ones that the rounds go through."""
@@ -44,10 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "others are compared with the first",
     )
     parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="instead of policies: this architecture with random weights, against Hugging Face "
+        "generate",
+    )
+    parser.add_argument(
+        "--variants",
+        default="full,pruned,pruned-nf4,planned,planned-nf4",
+        help="of the shape, separated by commas (default %(default)s)",
+    )
+    parser.add_argument(
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=["auto", "eager", "unrolled"],
+        choices=["auto", "eager", "unrolled", "graph", "openvino"],
         help="run every policy with each of these (default auto)",
     )
     parser.add_argument(
@@ -84,11 +96,15 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.out}: there is no directory {arguments.out.parent}")
     if arguments.ros:
         return bench_ros.main(arguments)
-    if not arguments.policy:
-        raise UserError("name a policy: --policy BUNDLE")
+    if bool(arguments.policy) == bool(arguments.shape):
+        raise UserError(
+            "name either policies with --policy, or an architecture with --shape, or --ros"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
+        if arguments.shape:
+            return _measure_shape(arguments)
         contestants = _contestants(arguments)
         load_before = os.getloadavg()[0]
         _measure(contestants, arguments.rounds, arguments.instruction)
@@ -107,6 +123,28 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         text += f"\ntimes: {arguments.out}"
     emit(arguments, {**facts, "policies": summaries}, text)
+    return 0
+
+
+def _measure_shape(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from rlrc_ros.cli import bench_shape
+
+    variants = arguments.variants.split(",")
+    if unknown := sorted(set(variants) - set(bench_shape.VARIANTS)):
+        known = ", ".join(bench_shape.VARIANTS)
+        raise UserError(f"there is no variant '{unknown[0]}'; there are: {known}")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = machine()
+
+    def save(facts: dict[str, Any]) -> None:
+        if arguments.out is not None:
+            write_atomically(arguments.out, json.dumps({"machine": where, **facts}) + "\n")
+
+    facts = bench_shape.measure(arguments.shape, variants, arguments.rounds, device, save)
+    brief = [{k: v for k, v in row.items() if k != "times_ms"} for row in facts["variants"]]
+    emit(arguments, {"machine": where, **facts, "variants": brief}, bench_shape.table(facts))
     return 0
 
 

@@ -14,13 +14,15 @@ from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc_ros.trials.frames import FrameStrip
-    from rlrc_ros.trials.records import EpisodeRecord
+    from rlrc_ros.trials.plan import Plan
+    from rlrc_ros.trials.state import Trial
 
 HELP = "compress a tiny policy, then try the shipped ones on the simulated arm over ROS 2"
 
 ARMS = {"original": "tabletop-original", "compressed": "tabletop-compressed"}
-FRAMES = 6
+MARGIN = 0.03
+MAX_DURATION = 12.0
+"""s."""
 MARKER, REPORT, COMPRESS, TRIAL = ".rlrc-demo", "report.html", "compress", "trial"
 """What a demo's directory holds; the marker says that it is one."""
 
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "made anew",
     )
     parser.add_argument(
-        "--pairs", type=whole_number(1), default=8, help="scenes to try both in (default 8)"
+        "--pairs", type=whole_number(2), default=8, help="scenes to try both in (default 8)"
     )
     parser.add_argument(
         "--seed", type=seed, default=900_000, help="the first scene's seed (default 900000)"
@@ -49,7 +51,6 @@ def main(arguments: argparse.Namespace) -> int:
     """Run it and print the table."""
     # Before anything else: what is missing should be said at once, not after the first part.
     import rlrc_ros.trials.client  # noqa: F401
-    from rlrc_ros.trials.summary import summarise
     from rlrc_ros.trials.table import text_table
 
     say = _Clock()
@@ -57,16 +58,16 @@ def main(arguments: argparse.Namespace) -> int:
     _claim(out)
     policies = {arm: _facts(bundle) for arm, bundle in ARMS.items()}
     compressed = None if arguments.skip_compress else _compress(out, say)
-    records = _trial(arguments, out, say)
-    summary = summarise(records, ("original", "compressed"))
+    _trial(arguments, out, say)
+    summary = _report(arguments, out, policies, compressed, say)
     data = {
         "report": str(out / REPORT),
         "trial": summary.to_dict(),
         "policies": policies,
         "compress": compressed,
     }
-    report = _report(arguments, out, records, summary, policies, compressed)
-    emit(arguments, data, f"\n{text_table(summary, policies, width=100)}\n\nreport: {report}")
+    text = f"\n{text_table(summary, policies, width=100)}\n\nreport: {out / REPORT}, and as PDF"
+    emit(arguments, data, text)
     return 0
 
 
@@ -84,6 +85,7 @@ def _claim(out: Path) -> None:
     if (out / REPORT).exists():
         shutil.rmtree(out / COMPRESS, ignore_errors=True)
         (out / REPORT).unlink()
+        (out / REPORT).with_suffix(".pdf").unlink(missing_ok=True)
     shutil.rmtree(out / TRIAL, ignore_errors=True)
 
 
@@ -115,35 +117,57 @@ def _facts(bundle: str) -> dict[str, Any]:
     return {**inspect(bundle), "memory": load_policy(bundle).weight_bytes()}
 
 
-def _trial(arguments: argparse.Namespace, out: Path, say: _Clock) -> list[EpisodeRecord]:
+def _trial(arguments: argparse.Namespace, out: Path, say: _Clock) -> None:
     from rlrc_ros.profile import load_profile
-    from rlrc_ros.trials.records import read
-    from rlrc_ros.trials.simulated import SimulatedTrial, run_trial
+    from rlrc_ros.trials.session import TrialSession
+    from rlrc_ros.trials.simulated import run_simulated
 
-    trial = SimulatedTrial(arms=ARMS, pairs=arguments.pairs, first_seed=arguments.seed)
-    say(f"part 2 of 2: {trial.pairs} scenes, the original and the compressed policy in each")
-    directory = out / TRIAL
+    say(f"part 2 of 2: {arguments.pairs} scenes, both policies in each, blinded")
 
-    def progress(record: EpisodeRecord) -> None:
+    def progress(trial: Trial) -> None:
         say(
-            f"{record.pair + 1:>2}/{trial.pairs} {record.arm:<10} {record.outcome:<7} "
-            f"{record.duration_s:4.1f} s  p50 {record.latency_ms_p50 or 0:5.1f} ms  "
-            f"{record.instruction}"
+            f"{trial.number:>2}/{2 * arguments.pairs} {trial.outcome:<7} {trial.duration:4.1f} s  "
+            f"{trial.instruction}"
         )
 
-    run_trial(trial, load_profile("sim"), directory, progress)
-    return read(directory / "episodes.jsonl")
+    with TrialSession.create(out / TRIAL, _plan(arguments)) as session:
+        run_simulated(session, load_profile("sim"), progress)
+        session.unblind()
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    """Every scene with its own task."""
+    from rlrc_ros.sim.scene import sample_scene
+    from rlrc_ros.trials.plan import Draft, DraftTask, Start, lock
+
+    seeds: dict[str, list[int]] = {}
+    for scene in range(arguments.seed, arguments.seed + arguments.pairs):
+        seeds.setdefault(sample_scene(scene).family, []).append(scene)
+    rubric = "success: the simulator finds the scene as its instruction says"
+    tasks = tuple(
+        DraftTask(name=name, rubric=rubric, starts=tuple(Start(seed=one) for one in some))
+        for name, some in sorted(seeds.items())
+    )
+    draft = Draft(
+        name="Original against compressed on the simulated tabletop",
+        robot="sim",
+        margin=MARGIN,
+        max_duration=MAX_DURATION,
+        arms=ARMS,
+        tasks=tasks,
+        pairs=arguments.pairs,
+    )
+    return lock(draft, Path())
 
 
 def _report(
     arguments: argparse.Namespace,
     out: Path,
-    records: list[EpisodeRecord],
-    summary: Any,
     policies: dict[str, dict[str, Any]],
     compressed: dict[str, Any] | None,
-) -> Path:
-    from rlrc_ros.trials.report import write_report
+    say: _Clock,
+) -> Any:
+    from rlrc_ros.trials.dossier import write_dossier
 
     tables = {}
     if compressed:
@@ -156,60 +180,16 @@ def _report(
             }
             for stage in compressed["stages"]
         ]
-    path = out / REPORT
-    write_report(
-        path,
-        title="Original against compressed on the simulated tabletop",
-        summary=summary,
-        records=records,
-        policies=policies,
-        frames=_frames(out / TRIAL, records),
+    written = write_dossier(
+        out / TRIAL,
+        out / REPORT,
+        policies,
         notes=[
             "Both policies ran as ROS 2 nodes on the simulated arm, in the same scenes, in random "
             "order. The simulator's state judged success. Every episode is recorded as a bag."
         ],
         tables=tables,
         commands=[f"rlrc demo --out DIR --pairs {arguments.pairs} --seed {arguments.seed}"],
+        progress=say,
     )
-    return path
-
-
-def _frames(directory: Path, records: list[EpisodeRecord]) -> FrameStrip | None:
-    """Frames of the first pair that both policies solved, or else of the first pair."""
-    import numpy as np
-
-    from rlrc_ros.profile import load_profile
-    from rlrc_ros.trials.frames import EpisodeFrames, FrameStrip
-
-    by_pair: dict[int, dict[str, EpisodeRecord]] = {}
-    for record in records:
-        by_pair.setdefault(record.pair, {})[record.arm] = record
-    whole = {n: pair for n, pair in by_pair.items() if all(r.bag_uri for r in pair.values())}
-    if not whole:
-        return None
-    solved = [n for n, pair in whole.items() if all(r.outcome == "success" for r in pair.values())]
-    number = min(solved or whole)
-    pair = whole[number]
-    times = np.linspace(0, max(record.duration_s for record in pair.values()), FRAMES)
-    topic = "/" + load_profile("sim").cameras["front"].topic
-    episodes = {}
-    for arm in ARMS:
-        record = pair[arm]
-        frames = _at_times(directory / record.bag_uri, topic, times[times <= record.duration_s])
-        episodes[arm] = EpisodeFrames(frames, record.outcome, record.duration_s)
-    return FrameStrip([float(time) for time in times], episodes, pair=number)
-
-
-def _at_times(bag: Path, topic: str, times: Any) -> list[Any]:
-    """The camera's last frame before each time, in s since the bag's first frame."""
-    from rlrc_ros.messages.image import image_to_rgb
-    from rlrc_ros.rollouts.bag import read_messages
-
-    frames: list[Any] = []
-    latest, start = None, None
-    for _, message, received in read_messages(bag, [topic]):
-        start = received if start is None else start
-        while len(frames) < len(times) and (received - start) * 1e-9 > times[len(frames)]:
-            frames.append(latest if latest is not None else image_to_rgb(message))
-        latest = image_to_rgb(message)
-    return frames + [latest] * (len(times) - len(frames))
+    return written["compressed"][0]

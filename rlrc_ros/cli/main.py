@@ -17,11 +17,15 @@ from typing import NoReturn
 from rlrc_ros.cli.output import reserved_stdout
 from rlrc_ros.errors import UserError
 
-VERBS = ("demo", "inspect", "compress", "sft", "prune", "rl", "quantize", "eval", "bench", "bag")
+VERBS = (
+    *("demo", "inspect", "compress", "sft", "prune", "rl", "quantize", "eval", "study", "bench"),
+    *("parity", "robot", "bag", "trial"),
+)
 
 EXTRAS = {
     "sim": {"mujoco", "gymnasium"},
     "train": {"training", "stable_baselines3", "torch_pruning", "tqdm"},
+    "lerobot": {"pyarrow"},
     "ros": {"rclpy", "sensor_msgs", "geometry_msgs", "std_srvs", "diagnostic_msgs"},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rlrc_ros.cli.stages import add_stage_arguments, demonstrations, run_stage
+from rlrc_ros.cli.stages import add_stage_arguments, batches, run_stage
 
 HELP = "prune a policy's decoder: whole layers, then heads and feed-forward channels"
 
@@ -22,9 +22,5 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[str, Any]:
     from training import prune
-    from training.common import pick_device
 
-    device = pick_device(arguments.device)
-    return prune.run(
-        config.prune, trainable, demonstrations(arguments), seed=arguments.seed, device=device
-    )
+    return prune.run(config.prune, trainable, batches(arguments, trainable), seed=arguments.seed)

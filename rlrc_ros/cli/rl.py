@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rlrc_ros.cli.stages import add_stage_arguments, demonstrations, run_stage, work_directory
+from rlrc_ros.cli.stages import add_stage_arguments, batches, run_stage, work_directory
 
 HELP = "recover a policy by PPO with critic warm-up and BC regularization"
 
@@ -27,7 +27,7 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
     return rl.run(
         config.rl,
         trainable,
-        demonstrations(arguments),
+        batches(arguments, trainable),
         seed=arguments.seed,
         device=pick_device(arguments.device),
         work=work_directory(arguments, config, trainable),

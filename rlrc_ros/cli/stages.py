@@ -15,6 +15,8 @@ from rlrc_ros.errors import UserError
 
 Stage = Callable[[argparse.Namespace, Any, Any], dict[str, Any]]
 """(arguments, configuration, trainable policy) -> facts for the provenance; trains in place."""
+Load = Callable[[argparse.Namespace, Any, Any], Any]
+"""(arguments, configuration, device) -> policy, where it is not the whole one in float32."""
 
 
 def add_stage_arguments(
@@ -45,12 +47,17 @@ def add_stage_arguments(
         parser.add_argument("--seed", type=seed, default=0, help="of the training (default 0)")
 
 
-def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
+def run_stage(
+    arguments: argparse.Namespace, name: str, stage: Stage, load: Load | None = None
+) -> int:
     """Load, train, save, and say what was made; an existing bundle is not replaced."""
+    import numpy as np
+
     from rlrc_ros.paths import config_file
     from training.bundles import load_trainable, new_trainable
     from training.common import forget_checkpoints, pick_device, seed_everything
     from training.config import load_config
+    from training.data.demonstrations import read_proprioception
 
     if arguments.out.exists():
         raise UserError(f"{arguments.out}: is there already; name another directory, or delete it")
@@ -59,11 +66,14 @@ def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=arguments.out.parent):
         pass  # better to find out before the training than after it
-    if arguments.policy:
+    if load:
+        trainable = load(arguments, config, device)
+    elif arguments.policy:
         trainable = load_trainable(arguments.policy, device)
     else:
         seed_everything(arguments.seed)
-        trainable = new_trainable(config.model, demonstrations(arguments), device)
+        seen = np.concatenate([read_proprioception(d) for d in arguments.demonstrations])
+        trainable = new_trainable(config.model, seen, device)
     facts = stage(arguments, config, trainable)
     bundle = trainable.save(arguments.out, name, **facts)
     forget_checkpoints(_work(arguments))
@@ -75,11 +85,16 @@ def run_stage(arguments: argparse.Namespace, name: str, stage: Stage) -> int:
     return 0
 
 
-def demonstrations(arguments: argparse.Namespace) -> Any:
-    """Everything in the directories given."""
-    from training.data.demonstrations import join, read
+def batches(arguments: argparse.Namespace, trainable: Any) -> Any:
+    """Everything in the directories given, on the device."""
+    from training.common import pick_device
+    from training.sft import DemonstrationBatches
 
-    return join([read(directory) for directory in arguments.demonstrations])
+    device = pick_device(arguments.device)
+    found = DemonstrationBatches(trainable.processor, trainable.codec, device)
+    for directory in arguments.demonstrations:
+        found.take(directory)
+    return found
 
 
 def work_directory(arguments: argparse.Namespace, config: Any, trainable: Any) -> Path:

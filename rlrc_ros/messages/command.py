@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.messages.stamps import to_nanoseconds, to_stamp
 
 if TYPE_CHECKING:
     from geometry_msgs.msg import Twist, TwistStamped
@@ -56,6 +57,8 @@ def policy_command(
     policy_label: str,
     episode_id: str,
     step: int,
+    period: float = 0.0,
+    observed: Mapping[str, int] | None = None,
 ) -> PolicyCommand:
     """A command for the guard.
 
@@ -68,6 +71,9 @@ def policy_command(
         policy_label: The label the policy runs under.
         episode_id: The episode it belongs to.
         step: Control step within the episode, from 0.
+        period: Seconds until the next command is due; 0 where that is unknown.
+        observed: Header stamps, in ns, of what it was computed from, by source: `Snapshot.stamps`;
+            none where no new look was taken.
     """
     from rlrc.msg import PolicyCommand
 
@@ -78,6 +84,9 @@ def policy_command(
         policy_label=policy_label,
         episode_id=episode_id,
         step=step,
+        period=float(period),
+        observed_sources=list(observed or ()),
+        observed_stamps=[to_stamp(stamp) for stamp in (observed or {}).values()],
     )
     message.header.stamp = stamp
     message.header.frame_id = frame_id
@@ -87,6 +96,16 @@ def policy_command(
 def command_arrays(message: Any) -> CommandArrays:
     """The numbers of a PolicyCommand, live or from a bag."""
     return CommandArrays(twist_array(message.twist), float(message.gripper))
+
+
+def observed_stamps(message: Any) -> dict[str, int]:
+    """What a PolicyCommand was computed from: header stamps in ns by source; may be empty.
+
+    Bags that were recorded before commands said it have none either.
+    """
+    sources = getattr(message, "observed_sources", ())
+    stamps = map(to_nanoseconds, getattr(message, "observed_stamps", ()))
+    return dict(zip(sources, stamps, strict=False))
 
 
 def twist_stamped(twist: Sequence[float] | np.ndarray, stamp: Any, frame_id: str) -> TwistStamped:

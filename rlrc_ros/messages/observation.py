@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from rlrc_ros.messages.joint_state import ordered_positions
 from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.processor import Observation
+
+MAX_SKEW = 0.15
+"""s between the stamps of an observation's parts, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +53,17 @@ class Snapshot:
     Attributes:
         images: messages by camera name.
         joint_state: the message, None where the policy takes no proprioception.
-        oldest_ns: the oldest stamp among them.
+        stamps: header stamps in ns since the epoch, by source.
     """
 
     images: dict[str, Any]
     joint_state: Any | None
-    oldest_ns: int
+    stamps: dict[str, int]
+
+    @property
+    def oldest_ns(self) -> int:
+        """The oldest stamp among them."""
+        return min(self.stamps.values())
 
     def decode(self, config: BundleConfig, gripper: Gripper, instruction: str) -> Observation:
         """What the policy sees.
@@ -94,14 +103,20 @@ class ObservationBuffer:
     ) -> None:
         self._max_age, self._topics, self._max_skew = dict(max_age), dict(topics), max_skew
         self._latest: dict[str, Any] = {}
+        self._arrived: dict[str, float] = {}
+        """s of the steady clock, when the latest of each source came."""
         self._lock = threading.Lock()
 
     def add(self, source: str, message: Any) -> None:
-        """Take a message in; one older than the source's latest is ignored."""
+        """Take a message in; one that is not newer than the source's latest is ignored.
+
+        Unless it is older by more than its age limit: then the clock has been set back.
+        """
         with self._lock:
             latest = self._latest.get(source)
-            if latest is None or _ns(message) >= _ns(latest):
-                self._latest[source] = message
+            newer = 1.0 if latest is None else (_ns(message) - _ns(latest)) * 1e-9
+            if newer > 0.0 or newer < -self._max_age.get(source, 0.0):
+                self._latest[source], self._arrived[source] = message, time.monotonic()
 
     def forget(self) -> None:
         """Drop everything: the next snapshot needs new messages."""
@@ -129,14 +144,17 @@ class ObservationBuffer:
         self.check(config)
         with self._lock:
             messages = {source: self._latest.get(source) for source in sources}
+            arrived = {source: self._arrived.get(source, 0.0) for source in sources}
         stamps = {}
         for source, message in messages.items():
             if message is None:
                 raise UserError(f"nothing has come on {self._topics[source]} ('{source}')")
             age = (now_ns - _ns(message)) * 1e-9
-            if age > self._max_age[source]:
+            # Simulated time may stand still, and would keep a message young for ever.
+            oldest = max(age, time.monotonic() - arrived[source])
+            if oldest > self._max_age[source]:
                 raise UserError(
-                    f"{self._topics[source]} ('{source}') is {age:.2f} s old, "
+                    f"{self._topics[source]} ('{source}') is {oldest:.2f} s old, "
                     f"{self._max_age[source]:g} s are allowed"
                 )
             # A source whose clock is ahead would pass for fresh long after it has died.
@@ -154,7 +172,7 @@ class ObservationBuffer:
                 f"{self._max_skew:g} s are allowed"
             )
         images = {name: messages[name] for name in cameras}
-        return Snapshot(images, messages.get(self.JOINT_STATES), min(stamps.values()))
+        return Snapshot(images, messages.get(self.JOINT_STATES), stamps)
 
 
 def _ns(message: Any) -> int:

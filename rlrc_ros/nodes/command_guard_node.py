@@ -9,6 +9,7 @@ messages. A timer on the steady clock publishes, never a callback.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -23,22 +24,17 @@ from std_msgs.msg import Bool, Float64MultiArray
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.guard import (
-    HOLDING,
-    STOPPED,
-    WAITING,
-    Command,
-    Guard,
-    Limits,
-    Output,
-    Pose,
-    Vector,
-)
+from rlrc_ros.guard import HOLDING, STOPPED, WAITING, Command, Guard, Output, Pose
+from rlrc_ros.limits import Limits
 from rlrc_ros.messages.stamps import to_nanoseconds
+from rlrc_ros.motion import Vector
 from rlrc_ros.nodes import common
+from rlrc_ros.pose_target import PoseTarget
 
 if TYPE_CHECKING:
     from rclpy.subscription import MessageInfo
+
+_ANY = (-1000.0, 1000.0)
 
 BRAKING_TIME = 1.0
 """How long the node may go on braking after SIGTERM before it sends zero, in s."""
@@ -57,10 +53,15 @@ class CommandGuardNode(Node):
         self._period = 1.0 / limits.rate
         self._reported = WAITING
 
-        self._twist = TwistStamped()
-        self._twist.header.frame_id = limits.base_frame
-        self._twist_publisher = self.create_publisher(
-            TwistStamped, "ee_command", common.COMMAND_QOS
+        self._gripper_closed = common.number(
+            self, "gripper_command_closed", 0.0, "what closes the gripper, in its own unit", *_ANY
+        )
+        self._gripper_open = common.number(
+            self, "gripper_command_open", 1.0, "what opens the gripper, in its own unit", *_ANY
+        )
+        self._target = PoseTarget(limits) if limits.pose_output else None
+        self._command_publisher = self.create_publisher(
+            PoseStamped if limits.pose_output else TwistStamped, "ee_command", common.COMMAND_QOS
         )
         self._gripper_publisher = self.create_publisher(
             Float64MultiArray, "gripper_command", common.COMMAND_QOS
@@ -74,6 +75,7 @@ class CommandGuardNode(Node):
         self.create_subscription(PoseStamped, "ee_pose", self._on_pose, common.SENSOR_QOS)
         self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, 10)
         self.create_service(Trigger, "~/stop", self._on_stop)
+        self.create_service(Trigger, "~/emergency_stop", self._on_emergency_stop_asked)
         self.create_service(Trigger, "~/release", self._on_release)
 
         self.create_timer(self._period, self._tick, clock=common.STEADY_CLOCK)
@@ -90,10 +92,10 @@ class CommandGuardNode(Node):
             while self._guard.moving and time.monotonic() < deadline:
                 time.sleep(self._period)
                 self._tick()
-            self._guard.emergency_stop(True)
+            self._guard.emergency_stop()
             self._tick()
             self._publish_status()
-            self._twist_publisher.wait_for_all_acked(Duration(seconds=0.2))
+            self._command_publisher.wait_for_all_acked(Duration(seconds=0.2))
 
     def _on_command(self, message: PolicyCommand, info: MessageInfo) -> None:
         # Jazzy's rclpy does not tell publishers apart; label and episode have to do there.
@@ -109,18 +111,34 @@ class CommandGuardNode(Node):
                 policy_label=message.policy_label,
                 episode_id=message.episode_id,
                 publisher=publisher["data"].hex() if publisher else "",
+                observation_age=self._age(message.observation_stamp),
+                period=message.period,
             ),
         )
         if rejection:
             self.get_logger().warning(f"dropped: {rejection}", throttle_duration_sec=5.0)
 
     def _on_pose(self, message: PoseStamped) -> None:
-        header = message.header
-        pose = Pose(_vector(message.pose.position), self._age(header.stamp), header.frame_id)
+        header, q = message.header, message.pose.orientation
+        pose = Pose(
+            _vector(message.pose.position),
+            self._age(header.stamp),
+            header.frame_id,
+            (q.x, q.y, q.z, q.w),
+        )
         self._guard.observe(time.monotonic(), pose)
 
     def _on_emergency_stop(self, message: Bool) -> None:
-        self._guard.emergency_stop(message.data)
+        self._guard.press(message.data)
+        self._tick()
+
+    def _on_emergency_stop_asked(
+        self, _: Trigger.Request, response: Trigger.Response
+    ) -> Trigger.Response:
+        self._guard.emergency_stop()
+        self._tick()
+        response.success, response.message = True, "stopped until ~/release is called"
+        return response
 
     def _on_stop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self._guard.stop("stop asked for")
@@ -133,19 +151,41 @@ class CommandGuardNode(Node):
         return response
 
     def _tick(self) -> None:
-        output = self._guard.step(time.monotonic())
-        if output is not None and not self._dry_run:
-            self._publish(output)
+        now = time.monotonic()
+        output = self._guard.step(now)
+        if output is not None:
+            self._publish(now, output)
+        elif self._target is not None:
+            self._target.pause()
         if self._guard.state != self._reported:
             self._report()
 
-    def _publish(self, output: Output) -> None:
-        twist = self._twist.twist
-        twist.linear.x, twist.linear.y, twist.linear.z = output.linear
-        twist.angular.x, twist.angular.y, twist.angular.z = output.angular
-        self._twist.header.stamp = self.get_clock().now().to_msg()
-        self._twist_publisher.publish(self._twist)
-        self._gripper_publisher.publish(Float64MultiArray(data=[output.gripper]))
+    def _publish(self, now: float, output: Output) -> None:
+        command = self._twist(output) if self._target is None else self._pose(now, output)
+        if self._dry_run or command is None:
+            return
+        command.header.stamp = self.get_clock().now().to_msg()
+        command.header.frame_id = self._guard.limits.base_frame
+        self._command_publisher.publish(command)
+        opening = output.gripper * (self._gripper_open - self._gripper_closed)
+        self._gripper_publisher.publish(Float64MultiArray(data=[self._gripper_closed + opening]))
+
+    def _twist(self, output: Output) -> TwistStamped:
+        message = TwistStamped()
+        linear, angular = message.twist.linear, message.twist.angular
+        linear.x, linear.y, linear.z = output.linear
+        angular.x, angular.y, angular.z = output.angular
+        return message
+
+    def _pose(self, now: float, output: Output) -> PoseStamped | None:
+        assert self._target is not None
+        target = self._target.advance(now, output, self._guard.pose(now))
+        if target is None:
+            return None
+        message = PoseStamped()
+        position, q = message.pose.position, message.pose.orientation
+        (position.x, position.y, position.z), (q.x, q.y, q.z, q.w) = target
+        return message
 
     def _report(self) -> None:
         """Say once that the state has changed."""
@@ -157,10 +197,13 @@ class CommandGuardNode(Node):
             self.get_logger().info(line)
         self._reported = state
         self._publish_status()
+        self._publish_diagnostics()
 
     def _publish_status(self) -> None:
         guard = self._guard
         status = GuardStatus(state=guard.state, reason=guard.reason, **asdict(guard.counts))
+        status.policy_label, status.episode_id = guard.holder
+        status.dry_run = self._dry_run
         status.header.stamp = self.get_clock().now().to_msg()
         self._status_publisher.publish(status)
 
@@ -170,9 +213,10 @@ class CommandGuardNode(Node):
             guard.state, DiagnosticStatus.OK
         )
         message = f"{guard.state}{': ' + guard.reason if guard.reason else ''}"
-        self._diagnostics_publisher.publish(
-            common.diagnostics(self, level, message, asdict(guard.counts))
-        )
+        values: dict[str, object] = {"dry run": self._dry_run, **asdict(guard.counts)}
+        if self._target is not None:
+            values["target waited"] = self._target.waited
+        self._diagnostics_publisher.publish(common.diagnostics(self, level, message, values))
 
     def _age(self, stamp: Any) -> float:
         return (self.get_clock().now().nanoseconds - to_nanoseconds(stamp)) * 1e-9
@@ -191,7 +235,11 @@ def _limits(node: Node) -> Limits:
             raise UserError(f"parameter {name}: wanted 3 numbers, x, y and z, got {values}")
         return (values[0], values[1], values[2]) if values else None
 
+    output = common.text(node, "output", "twist", "what the controller takes: twist or pose")
+    if output not in ("twist", "pose"):
+        raise UserError(f"parameter output: '{output}' is neither twist nor pose")
     return Limits(
+        pose_output=output == "pose",
         rate=number("rate", "commands to the controller, Hz", 10.0, 1000.0),
         base_frame=common.text(
             node, "base_frame", default.base_frame, "the frame of commands, poses and workspace"
@@ -206,9 +254,20 @@ def _limits(node: Node) -> Limits:
         ),
         workspace_min=corner("workspace_min", "lower corner x, y, z in m; empty: no workspace"),
         workspace_max=corner("workspace_max", "upper corner x, y, z in m; empty: no workspace"),
+        max_linear_jerk=number("max_linear_jerk", "m/s³, of the vector", 0.1, 1e5),
+        max_angular_jerk=number("max_angular_jerk", "rad/s³, of the vector", 0.1, 1e5),
+        cone_axis=corner("cone_axis", "what ee_pose's z axis keeps to, x, y, z; empty: down")
+        or default.cone_axis,
+        max_tilt=number("max_tilt", "greatest angle from cone_axis, rad; π: any", 0.01, math.pi),
         pose_timeout=number("pose_timeout", "oldest ee_pose that will do, s", 0.01, 2.0),
         command_timeout=number("command_timeout", "silence before the arm is braked, s", 0.02, 2.0),
         max_command_age=number("max_command_age", "oldest command by its stamp, s", 0.01, 2.0),
+        max_observation_age=number(
+            "max_observation_age", "oldest sensor stamp that a command may come from, s", 0.01, 10.0
+        ),
+        controller_timeout=number(
+            "controller_timeout", "silence before the controller stops by itself, s", 0.02, 10.0
+        ),
         max_gripper_rate=number("max_gripper_rate", "full openings a second, 1/s", 0.01, 100.0),
         labels=tuple(common.texts(node, "labels", "policy labels that may command; empty: any")),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from rclpy.task import Future
 
 from rlrc_ros.errors import UserError
 
@@ -98,6 +100,23 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
         node.destroy_node()
         rclpy.try_shutdown()
     return 0
+
+
+async def until(node: Node, condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait in a callback's coroutine for a condition; whether it came to hold in time."""
+    held: Future[bool] = Future(executor=node.executor)
+    deadline = time.monotonic() + seconds
+
+    def look() -> None:
+        holds = condition()
+        if not held.done() and (holds or time.monotonic() > deadline):
+            held.set_result(holds)
+
+    look()
+    timer = node.create_timer(0.02, look, clock=STEADY_CLOCK)
+    result = await held
+    node.destroy_timer(timer)
+    return bool(result)
 
 
 @contextmanager

@@ -9,11 +9,13 @@ Inference runs in a thread of its own, so that a slow policy never delays a stop
 
 from __future__ import annotations
 
+import math
 import secrets
 import sys
 import time
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from rlrc.srv import ListPolicies, LoadPolicy, StartRecording
 from std_srvs.srv import Trigger
 
 from rlrc_ros import execution
+from rlrc_ros.chunks import ActionPlan
 from rlrc_ros.errors import UserError
 from rlrc_ros.execution import Episode, NotReady, PolicyStore
 from rlrc_ros.guard import STOPPED
@@ -38,10 +41,14 @@ from rlrc_ros.messages.stamps import to_stamp
 from rlrc_ros.nodes import common
 from rlrc_ros.nodes.recorder_client import RecorderClient
 from rlrc_ros.nodes.sensors import listen
+from rlrc_ros.rollouts.episode import LONGEST_EPISODE
+from rlrc_ros.trials.seal import sealed_policies
 from rlrc_ros.vla import Observation, Policy, load_policy
 
-LONGEST_EPISODE = 3600.0
-"""s."""
+GUARD_PATIENCE = 1.0
+"""s without a word from the command guard after which an episode ends."""
+GUARD_DISCOVERY = 3.0
+"""s to wait for its first word, when an episode is to begin."""
 FAREWELL_TIME = 3.0
 """s that an episode cut off by SIGINT or SIGTERM may take to close its bag and give its result."""
 
@@ -54,9 +61,19 @@ class PolicyNode(LifecycleNode):
         self._frame = common.text(self, "base_frame", "base_link", "frame of the commands")
         self._given = common.texts(self, "policies", "bundles to load, each as label=directory")
         self._device = common.text(self, "device", "cpu", "where policies run, as torch names it")
-        self._engine = common.text(self, "engine", "auto", "auto, eager or unrolled")
+        self._engine = common.text(
+            self, "engine", "auto", "auto, eager, unrolled, graph or openvino"
+        )
+        self._replan_steps = common.integer(
+            self, "replan_steps", 0, "actions of a chunk before looking again; 0: half", 0, 1000
+        )
+        self._ensemble = common.flag(
+            self, "ensemble", False, "average overlapping chunks instead of blending them"
+        )
         threads = common.integer(self, "threads", 1, "threads of a policy on the CPU", 1, 64)
-        self._blind = common.flag(self, "blind", False, "publish no hash that names a policy")
+        self._blind = common.flag(self, "blind", False, "publish nothing that tells policies apart")
+        self._sealed = common.text(self, "sealed", "", "policies of a blinded trial, a sealed file")
+        self._blind = self._blind or bool(self._sealed)
         self._gripper = Gripper(
             joint=common.text(self, "gripper_joint", "finger_joint", "tells the gripper's opening"),
             closed=common.number(self, "gripper_closed", 0.0, "its position closed", -10.0, 10.0),
@@ -68,6 +85,16 @@ class PolicyNode(LifecycleNode):
         self._done: Future[None] | None = None
         """Of the goal that was accepted; None: the next one may be."""
         self._problem = ""
+        self._last = ""
+        """How the last episode ended, where it did not end well."""
+        self._costs: dict[str, tuple[float, float]] = {}
+        """By bundle hash: s to load and warm up, ms of an inference."""
+        self._sizes: dict[str, tuple[int, int]] = {}
+        """Of each camera's first image in an episode: width and height."""
+        self._guard: GuardStatus | None = None
+        self._guard_time = -math.inf
+        self._looked: dict[str, int] = {}
+        """Stamps of the last look by source, until a command is sent that comes from it."""
         self._buffer = listen(self)
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.COMMAND_QOS)
@@ -106,11 +133,15 @@ class PolicyNode(LifecycleNode):
                 label, _, path = text.partition("=")
                 if not label or not path:
                     raise UserError(f"parameter policies: '{text}' is not label=directory")
-                began = time.monotonic()
+                number = f"{len(self._store.resident) + 1} of {len(self._given)}"
+                self._publish_diagnostics(DiagnosticStatus.OK, f"loading {label}, {number}", {})
                 policy = self._store.add(label, path)
-                self.get_logger().info(
-                    f"{label}: {policy.hash[:12]}, ready in {time.monotonic() - began:.1f} s"
-                )
+                if not self._blind:
+                    seconds, inference = self._costs[policy.hash]
+                    self.get_logger().info(
+                        f"{label}: {policy.hash[:12]}, ready in {seconds:.1f} s, {inference:.0f} ms"
+                    )
+            self._load_sealed()
         except UserError as error:
             self._store.clear()
             self._problem = str(error)
@@ -158,14 +189,29 @@ class PolicyNode(LifecycleNode):
             self._episode.end(reason, message)
             self._command_stop(self._episode)
 
+    def _load_sealed(self) -> None:
+        """Load those of a blinded trial: a label for every step, each bundle once."""
+        loaded: dict[str, Policy] = {}
+        sealed = sealed_policies(Path(self._sealed)) if self._sealed else {}
+        for label, planned in sealed.items():
+            policy = loaded.get(planned.policy) or self._store.add(label, planned.policy)
+            if policy.hash != planned.hash:
+                raise UserError("a bundle has changed since the trial was planned; restore it")
+            loaded[planned.policy] = self._store.resident[label] = policy
+
     def _is_active(self) -> bool:
         return self._state_machine.current_state[1] == "active"
 
     def _load(self, path: str) -> Policy:
         try:
             with common.interruptible():
+                began = time.monotonic()
                 policy = load_policy(path, self._device, self._engine)  # type: ignore[arg-type]
+                warming = "warming up" if self._blind else f"warming up {path}"
+                self._publish_diagnostics(DiagnosticStatus.OK, warming, {})
                 policy.warm_up()
+                inference = policy.warm_up() / 2  # acts twice, now that it is warm
+                self._costs[policy.hash] = time.monotonic() - began, inference * 1e3
         except UserError:
             raise
         except Exception as error:  # out of memory, a damaged tokenizer: the node must live on
@@ -177,12 +223,15 @@ class PolicyNode(LifecycleNode):
 
     def _on_goal(self, _: RunEpisode.Goal) -> GoalResponse:
         if not self._is_active():
-            self.get_logger().warning("goal refused: the node is not active")
+            self._refuse("the node is not active")
             return GoalResponse.REJECT
         if self._done is not None:
-            self.get_logger().warning("goal refused: an episode is running")
+            self._refuse("an episode is running")
             return GoalResponse.REJECT
         return GoalResponse.ACCEPT
+
+    def _refuse(self, reason: str) -> None:
+        self.get_logger().warning(f"goal refused: {reason}", throttle_duration_sec=1.0)
 
     def _on_accepted(self, handle: Any) -> None:
         # Not when the goal is judged: if its client is gone by then, nothing would ever clear it.
@@ -200,8 +249,24 @@ class PolicyNode(LifecycleNode):
         return response
 
     def _on_guard(self, status: GuardStatus) -> None:
+        before, self._guard, self._guard_time = self._guard, status, time.monotonic()
+        episode = self._episode
         if status.state == STOPPED:
             self.end_episode(execution.GUARD_STOP, status.reason)
+        elif before is not None and status.accepted < before.accepted:
+            self.end_episode(execution.GUARD_STOP, "the command guard has been restarted")
+        elif (
+            episode is not None
+            and episode.elapsed > GUARD_PATIENCE
+            and status.episode_id not in ("", episode.episode_id)
+        ):
+            self.end_episode(execution.GUARD_STOP, f"'{status.episode_id}' has the arm")
+
+    def _watch_guard(self) -> None:
+        silence = time.monotonic() - self._guard_time
+        if silence > GUARD_PATIENCE:
+            said = f"nothing has come from the command guard for {silence:.1f} s"
+            self.end_episode(execution.GUARD_STOP, said)
 
     async def _run_episode(self, handle: Any) -> RunEpisode.Result:
         result = RunEpisode.Result(outcome="unlabelled")
@@ -211,20 +276,27 @@ class PolicyNode(LifecycleNode):
             result.termination_reason, result.message = execution.POLICY_ERROR, str(error)
         finally:
             self._episode = self._done = None
+            well = (execution.FINISHED, execution.TIMEOUT, execution.OPERATOR_STOP)
+            ended = f"{result.episode_id or 'the last goal'}: {result.termination_reason}"
+            ended += "" if self._blind else f" {result.message}"
+            self._last = "" if result.termination_reason in well else ended
         if handle.is_cancel_requested:
             handle.canceled()
         elif result.termination_reason in (execution.FINISHED, execution.TIMEOUT):
             handle.succeed()
         else:
             handle.abort()
-        self.get_logger().info(
-            f"{result.episode_id}: {result.termination_reason} {result.message} "
-            f"({result.steps} steps, p50 {result.latency_ms_p50:.1f} ms)"
-        )
+        told = f"{result.episode_id}: {result.termination_reason}"
+        if not self._blind:
+            told += f" {result.message} ({result.steps} steps, p50 {result.latency_ms_p50:.1f} ms)"
+        self.get_logger().info(told)
         return result
 
     async def _carry_out(self, handle: Any, result: RunEpisode.Result) -> None:
         """Run the episode, and its recording around it; raises UserError before it begins."""
+        began = time.monotonic()
+        if not await common.until(self, lambda: self._guard_time > began, GUARD_DISCOVERY):
+            raise UserError("no command guard is heard; start command_guard_node")
         episode = self._prepare(handle.request)
         result.episode_id = episode.episode_id
         # From here on whatever ends an episode ends this one, though the recorder be slow.
@@ -269,6 +341,7 @@ class PolicyNode(LifecycleNode):
             look=partial(self._look, policy, goal.instruction),
             command=self._send,
             clock_ns=self._now_ns,
+            plan=ActionPlan(1 / policy.config.control_rate, self._replan_steps, self._ensemble),
         )
 
     async def _act(self, episode: Episode, handle: Any) -> None:
@@ -276,16 +349,18 @@ class PolicyNode(LifecycleNode):
         done = self._done
         assert done is not None
         self._buffer.forget()
+        self._sizes.clear()
 
         def tick() -> None:
             episode.tick()
+            self._watch_guard()
             self._publish_status()
             statistics = episode.statistics
             handle.publish_feedback(
                 RunEpisode.Feedback(
                     step=statistics.steps,
-                    rate=statistics.rate(),
-                    observation_age=statistics.observation_age,
+                    rate=0.0 if self._blind else statistics.rate(),
+                    observation_age=0.0 if self._blind else statistics.observation_age,
                 )
             )
             if episode.ended and not episode.busy and not done.done():
@@ -304,14 +379,24 @@ class PolicyNode(LifecycleNode):
             snapshot = self._buffer.snapshot(policy.config, self._now_ns())
         except UserError as error:
             raise NotReady(str(error)) from None
-        return snapshot.decode(policy.config, self._gripper, instruction), snapshot.oldest_ns
+        self._looked = snapshot.stamps
+        observation = snapshot.decode(policy.config, self._gripper, instruction)
+        for name, image in observation.images.items():
+            height, width = image.shape[:2]
+            before = self._sizes.setdefault(name, (width, height))
+            if before != (width, height):
+                was = "×".join(map(str, before))
+                raise UserError(f"camera '{name}' has changed from {was} to {width}×{height}")
+        return observation, snapshot.oldest_ns
 
     def _send(self, action: NDArray[np.float64], stamp_ns: int, step: int) -> None:
         episode = self._episode
         assert episode is not None
         twist, gripper = action_to_twist(action, episode.policy.config.control_rate)
         self._last_gripper = gripper
-        self._publish_command(episode, twist, gripper, stamp_ns, step)
+        # Only the first command after a look was computed for the moment that it shows.
+        looked, self._looked = self._looked, {}
+        self._publish_command(episode, twist, gripper, stamp_ns, step, looked)
 
     def _command_stop(self, episode: Episode) -> None:
         """Command zero speed, the gripper as it was, if anything was commanded at all."""
@@ -326,6 +411,7 @@ class PolicyNode(LifecycleNode):
         gripper: float,
         stamp_ns: int,
         step: int,
+        looked: dict[str, int] | None = None,
     ) -> None:
         command = policy_command(
             twist,
@@ -336,6 +422,8 @@ class PolicyNode(LifecycleNode):
             policy_label=episode.label,
             episode_id=episode.episode_id,
             step=step,
+            period=1 / episode.policy.config.control_rate,
+            observed=looked,
         )
         self._commands.publish(command)
 
@@ -353,7 +441,7 @@ class PolicyNode(LifecycleNode):
             episode_id=episode.episode_id,
             instruction=episode.instruction,
             policy_label=episode.label,
-            bundle_hash=episode.policy.hash,
+            bundle_hash=self._hash(episode.policy),
         )
         return await self._recorder.start(request)
 
@@ -366,6 +454,8 @@ class PolicyNode(LifecycleNode):
         try:
             if self._done is not None:
                 raise UserError("an episode is running; policies are swapped between episodes")
+            if request.policy and self._sealed:
+                raise UserError("a blinded trial loads only its own policies; start the node anew")
             if request.policy:
                 name = request.label or request.policy.rstrip("/").rpartition("/")[2]
                 policy = self._store.add(name, request.policy)
@@ -388,9 +478,11 @@ class PolicyNode(LifecycleNode):
                 bundle_hash=self._hash(policy),
                 loaded=True,
                 active=label == self._store.active,
-                parameters=policy.parameters["total"],
-                weight_bytes=policy.weight_bytes()["total"],
+                parameters=0 if self._blind else policy.parameters["total"],
+                weight_bytes=0 if self._blind else policy.weight_bytes()["total"],
                 control_rate=policy.config.control_rate,
+                load_seconds=0.0 if self._blind else self._costs[policy.hash][0],
+                inference_ms=0.0 if self._blind else self._costs[policy.hash][1],
             )
             for label, policy in self._store.resident.items()
         ]
@@ -406,14 +498,27 @@ class PolicyNode(LifecycleNode):
         message = self._problem or ("ready" if active else "not active")
         if self._problem:
             level = DiagnosticStatus.ERROR
-        values: dict[str, object] = {"policies": ", ".join(self._store.resident)}
-        if self._episode is not None:
-            statistics = self._episode.statistics
-            message = f"running {self._episode.episode_id}"
+        resident = self._store.resident
+        values: dict[str, object] = {
+            "policies": len(resident) if self._sealed else ", ".join(resident)
+        }
+        episode = self._episode
+        if episode is not None:
+            message = f"running {episode.episode_id}"
+        if episode is not None and not self._blind:
+            statistics = episode.statistics
             values |= {"steps": statistics.steps, "deadline misses": statistics.deadline_misses}
             values |= {"skipped steps": statistics.skipped_steps}
+            values |= {"latency p50 ms": round(statistics.percentile(50), 1)}
+            values |= {"latency p99 ms": round(statistics.percentile(99), 1)}
             if statistics.skip_reason:
                 level, message = DiagnosticStatus.WARN, statistics.skip_reason
+        elif episode is None and active and self._last:
+            level, message = DiagnosticStatus.WARN, f"ready; {self._last}"
+        values["command guard"] = self._guard.state if self._guard else "not heard"
+        self._publish_diagnostics(level, message, values)
+
+    def _publish_diagnostics(self, level: bytes, message: str, values: dict[str, object]) -> None:
         self._diagnostics.publish(common.diagnostics(self, level, message, values))
 
     def _publish_status(self) -> None:
@@ -421,11 +526,12 @@ class PolicyNode(LifecycleNode):
         status.header.stamp = self.get_clock().now().to_msg()
         episode = self._episode
         if episode is not None:
-            statistics = episode.statistics
             status.state, status.policy_label = "running", episode.label
-            status.bundle_hash = self._hash(episode.policy)
             status.episode_id, status.instruction = episode.episode_id, episode.instruction
-            status.step = statistics.steps
+            status.step = episode.statistics.steps
+        if episode is not None and not self._blind:
+            statistics = episode.statistics
+            status.bundle_hash = episode.policy.hash
             status.observation_age = statistics.observation_age
             status.preprocess_ms = statistics.last_ms.get("preprocess", 0.0)
             status.inference_ms = statistics.last_ms.get("inference", 0.0)

@@ -10,7 +10,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.messages.observation import ObservationBuffer
+from rlrc_ros.messages.observation import MAX_SKEW, ObservationBuffer
 from rlrc_ros.nodes import common
 
 DEFAULT_AGE = 0.2
@@ -29,7 +29,9 @@ def listen(node: Node) -> ObservationBuffer:
     age = common.number(
         node, "joint_states_max_age", 0.1, "oldest joint state that will do, s", 0.001, 2.0
     )
-    skew = common.number(node, "max_skew", 0.15, "s between the parts of an observation", 0.001, 2)
+    skew = common.number(
+        node, "max_skew", MAX_SKEW, "s between the parts of an observation", 0.001, 2
+    )
     joints = ObservationBuffer.JOINT_STATES
     max_age, topics, kinds = {joints: age}, {joints: node.resolve_topic_name("joint_states")}, {}
     for text in cameras:

@@ -24,6 +24,8 @@ from rlrc_ros.schema import from_dict, read_json
 FILE = "episode.json"
 OUTCOMES = ("success", "failure", "partial")
 UNLABELLED = "unlabelled"
+LONGEST_EPISODE = 3600.0
+"""s."""
 _EPISODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

@@ -13,15 +13,17 @@ from rclpy.client import Client
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rlrc.action import RunEpisode
-from rlrc.msg import GuardStatus, TaskState
-from rlrc.srv import LabelEpisode, ListPolicies, LoadPolicy, ResetScene
+from rlrc.msg import GuardStatus, PolicyStatus, TaskState
+from rlrc.srv import LabelEpisode, ListPolicies, ResetScene
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.stamps import to_nanoseconds
 
 ANSWER_TIME = 30.0
-"""s for a service to answer; loading a large policy takes longer, see `load_policy`."""
+"""s for a service to answer."""
+CLOCK_TOLERANCE = 0.5
+"""s by which the clocks of two machines may differ."""
 
 
 @dataclass
@@ -30,13 +32,13 @@ class EpisodeOutcome:
 
     Attributes:
         result: what the policy node answered.
-        success: whether the task was done.
+        success: whether the task was done, by the simulator's ground truth; None on a real arm.
         duration: s from sending the goal to the end of the episode.
         guard: by how much the guard's counters rose.
     """
 
     result: RunEpisode.Result
-    success: bool
+    success: bool | None
     duration: float
     guard: dict[str, int]
 
@@ -53,8 +55,11 @@ class RobotClient:
         self._alive: Callable[[], None] = lambda: None
         self._task: TaskState | None = None
         self._guard: GuardStatus | None = None
+        self._status: PolicyStatus | None = None
+        self._status_delay = 0.0
         self._node.create_subscription(TaskState, "sim_arm/task_state", self._on_task, 10)
         self._node.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)
+        self._node.create_subscription(PolicyStatus, "policy/status", self._on_status, 10)
         self._run: ActionClient[Any, Any, Any] = ActionClient(
             self._node, RunEpisode, "policy/run_episode"
         )
@@ -63,7 +68,6 @@ class RobotClient:
             name: self._node.create_client(kind, name)
             for name, kind in {
                 "policy/list_policies": ListPolicies,
-                "policy/load_policy": LoadPolicy,
                 "policy/finish_episode": Trigger,
                 "recorder/label": LabelEpisode,
                 "sim_arm/reset": ResetScene,
@@ -79,19 +83,25 @@ class RobotClient:
         self._node.destroy_node()
         self._context.try_shutdown()
 
-    def wait_until_ready(self, alive: Callable[[], None], timeout: float = 60.0) -> None:
+    def wait_until_ready(
+        self, alive: Callable[[], None], timeout: float = 60.0, simulated: bool = True
+    ) -> None:
         """Wait until all nodes answer.
 
-        alive: called in every wait from now on; raises when a node has died.
+        Args:
+            alive: called in every wait from now on; raises when a node has died.
+            timeout: s.
+            simulated: wait for the simulated arm too.
 
         Raises:
-            UserError: not all of them are there in time.
+            UserError: not all of them are there in time, or their clock differs from this one.
         """
         self._alive = alive
         waiting = {
             "policy/run_episode": self._run.server_is_ready,
             "command_guard": lambda: self._guard is not None,
-            "sim_arm": lambda: self._task is not None,
+            "sim_arm": lambda: self._task is not None or not simulated,
+            "policy/status": lambda: self._status is not None,
             "recorder": self._clients["recorder/label"].service_is_ready,
         }
 
@@ -103,20 +113,49 @@ class RobotClient:
             if time.monotonic() > deadline:
                 raise UserError(f"policy_node has loaded nothing within {timeout:g} s")
             self._until(lambda: False, 0.2)
+        self._check_clock()
+
+    def _check_clock(self) -> None:
+        """Compare clocks; the smallest of several delays is theirs, the rest is the machine's."""
+        delays = []
+        for _ in range(3):
+            self._status = None
+            if self._until(lambda: self._status is not None, ANSWER_TIME):
+                delays.append(self._status_delay)
+            if delays and abs(delays[-1]) < CLOCK_TOLERANCE:
+                return
+        if delays:
+            raise UserError(
+                f"the policy node's clock is {-min(delays, key=abs):+.1f} s off this one's: stamps "
+                "of different machines would not fit together; synchronise them (chrony)"
+            )
+
+    def idle(self) -> None:
+        """End an episode that somebody left running, and wait until it is over.
+
+        Raises:
+            UserError: it does not end.
+        """
+
+        def is_idle() -> bool:
+            return self._status is not None and self._status.state == "idle"
+
+        self._status = None
+        if not self._until(lambda: self._status is not None, ANSWER_TIME):
+            raise UserError(f"policy/status has not come within {ANSWER_TIME:g} s")
+        if is_idle():
+            return
+        self._call("policy/finish_episode")
+        if not self._until(is_idle, ANSWER_TIME):
+            raise UserError("an episode is running and does not end; stop the policy node")
 
     def policies(self) -> list[Any]:
         """What the policy node has loaded: rlrc/PolicyInfo."""
         return list(self._call("policy/list_policies").policies)
 
-    def load_policy(self, label: str, policy: str = "", timeout: float = 600.0) -> float:
-        """Make a policy active, loading it if a bundle is given; returns the seconds it took."""
-        response = self._call("policy/load_policy", timeout, policy=policy, label=label)
-        _check(response)
-        return response.seconds
-
-    def reset_scene(self, seed: int) -> ResetScene.Response:
-        """Set up the simulated scene of a seed."""
-        response = self._call("sim_arm/reset", seed=seed)
+    def reset_scene(self, seed: int, family: str = "") -> ResetScene.Response:
+        """Set up the simulated scene of a seed; family: of its task, empty for the seed's own."""
+        response = self._call("sim_arm/reset", seed=seed, task=family)
         _check(response)
         # What comes first may still tell of the scene before, which may have had the same seed.
         reset_at = self._node.get_clock().now().nanoseconds
@@ -128,14 +167,30 @@ class RobotClient:
             raise UserError(f"sim_arm/task_state has not come within {ANSWER_TIME:g} s")
         return response
 
-    def label_episode(self, uri: str, outcome: str, notes: str = "") -> None:
-        """Write down an episode's outcome in its bag."""
-        _check(self._call("recorder/label", uri=uri, outcome=outcome, notes=notes))
-
     def run_episode(
-        self, instruction: str, label: str, episode_id: str, max_duration: float, record: bool
+        self,
+        instruction: str,
+        label: str,
+        episode_id: str,
+        max_duration: float,
+        record: bool,
+        should_stop: Callable[[], bool] = lambda: False,
+        should_finish: Callable[[], bool] = lambda: False,
     ) -> EpisodeOutcome:
-        """Run one episode on the simulated arm, finishing it as soon as the task is done."""
+        """Run one episode; on the simulated arm it is finished as soon as the task is done.
+
+        Args:
+            instruction: what the policy is told.
+            label: the policy's.
+            episode_id: the episode's, and its bag's.
+            max_duration: s.
+            record: have it recorded.
+            should_stop: asked again and again; True stops the arm: operator_stop.
+            should_finish: the same for an end that is no mishap: finished.
+
+        Raises:
+            UserError: the policy node refuses the episode or does not answer.
+        """
         before = self._guard
         began = time.monotonic()
         goal = RunEpisode.Goal(
@@ -149,20 +204,31 @@ class RobotClient:
         if not handle.accepted:
             raise UserError("the policy node refuses the episode; its log says why")
         result = handle.get_result_async()
-        success = False
+        success = None if self._task is None else False
+        stopped = finished = False
         while not self._until(result.done, 0.02):
             if time.monotonic() - began > max_duration + ANSWER_TIME:
                 raise UserError(
                     f"the episode does not end; it should have after {max_duration:g} s"
                 )
-            if not success and self._task is not None and self._task.success:
+            if success is False and self._task is not None and self._task.success:
                 success = True
+            if not stopped and should_stop():
+                stopped = True
+                handle.cancel_goal_async()
+            elif not finished and not stopped and (success or should_finish()):
+                finished = True
                 self._call("policy/finish_episode")
         duration = time.monotonic() - began
         return EpisodeOutcome(result.result().result, success, duration, _rise(before, self._guard))
 
     def _on_task(self, message: TaskState) -> None:
         self._task = message
+
+    def _on_status(self, message: PolicyStatus) -> None:
+        now = self._node.get_clock().now().nanoseconds
+        self._status = message
+        self._status_delay = (now - to_nanoseconds(message.header.stamp)) * 1e-9
 
     def _on_guard(self, message: GuardStatus) -> None:
         self._guard = message

@@ -25,7 +25,7 @@ PARTS = ("vision", "projector", "llm")
 _ARM_COLOURS = ("#0072B2", "#D55E00")
 _PART_COLOURS = ("#56B4E9", "#E69F00", "#009E73")
 _PART_HATCHES = ("", "//", "..")
-_WIDTH = 5.2  # inches; as wide as a column of the report, so that text keeps its size
+WIDTH = 5.2  # inches; as wide as a column of the report, so that text keeps its size
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -41,11 +41,40 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """An image and its words."""
+    """An image and its words.
+
+    Args:
+        title: what stands beside it.
+        alt: what it shows, in words.
+        height: inches; all are equally wide.
+        draw: draws it on a figure.
+
+    """
 
     title: str
-    uri: str
     alt: str
+    height: float
+    draw: Callable[[Figure], None]
+
+    @property
+    def uri(self) -> str:
+        """As a data URI of SVG."""
+        svg = self._saved(format="svg", metadata={"Date": None})
+        return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+    def png(self) -> bytes:
+        """As a PNG for print."""
+        return self._saved(format="png")
+
+    def _saved(self, **options: Any) -> bytes:
+        """Draws on a figure of its own, outside pyplot's global state, and encodes it."""
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
+            self.draw(figure)
+            figure.savefig(buffer, dpi=150, **options)
+        return buffer.getvalue()
 
 
 def success_plot(summary: Summary) -> Plot:
@@ -77,7 +106,7 @@ def success_plot(summary: Summary) -> Plot:
         axes.grid(axis="x", alpha=0.3)
 
     alt = "; ".join(f"{group}, {arm}: {rate_text(success)}" for group, arm, success in rows)
-    return _plot("Success", f"Success. {alt}.", 1.0 + 0.45 * len(rows), draw)
+    return Plot("Success", f"Success. {alt}.", 1.0 + 0.45 * len(rows), draw)
 
 
 def latency_plot(records: Sequence[EpisodeRecord], summary: Summary) -> Plot | None:
@@ -131,7 +160,7 @@ def latency_plot(records: Sequence[EpisodeRecord], summary: Summary) -> Plot | N
         for _, arm, name, values in rows
         if values.size
     )
-    return _plot("Latency", f"Latency. {alt}.", 3.4, draw)
+    return Plot("Latency", f"Latency. {alt}.", 3.4, draw)
 
 
 def size_plot(policies: Mapping[str, Mapping[str, Any]], arms: tuple[str, str]) -> Plot | None:
@@ -198,7 +227,7 @@ def size_plot(policies: Mapping[str, Mapping[str, Any]], arms: tuple[str, str]) 
         + "".join(f", {part} {quantity(s)} MB" for part, s in zip(PARTS, sizes[arm], strict=True))
         for arm in arms
     )
-    return _plot("Size", f"Weights as stored. {alt}.", 2.6, draw)
+    return Plot("Size", f"Weights as stored. {alt}.", 2.6, draw)
 
 
 def width_plot(policies: Mapping[str, Mapping[str, Any]], arms: tuple[str, str]) -> Plot | None:
@@ -228,7 +257,7 @@ def width_plot(policies: Mapping[str, Mapping[str, Any]], arms: tuple[str, str])
         for name, lines in panels
         for _, arm, widths in lines
     )
-    return _plot("Widths by layer", f"Widths by layer. {alt}.", 1.2 + 1.6 * len(panels), draw)
+    return Plot("Widths by layer", f"Widths by layer. {alt}.", 1.2 + 1.6 * len(panels), draw)
 
 
 def _draw_widths(axes: Axes, name: str, lines: Sequence[tuple[int, str, np.ndarray]]) -> None:
@@ -257,18 +286,6 @@ def _draw_widths(axes: Axes, name: str, lines: Sequence[tuple[int, str, np.ndarr
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(_plain)
     axes.grid(axis="y", alpha=0.3)
-
-
-def _plot(title: str, alt: str, height: float, draw: Callable[[Figure], None]) -> Plot:
-    """Draws on a figure of its own, outside pyplot's global state, and encodes it."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure)
-        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
-    uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Plot(title, uri, alt)
 
 
 def _plain(value: float, _position: float) -> str:

@@ -1,16 +1,12 @@
-"""One line of JSON for every episode of a trial, in a log that only ever grows."""
+"""What is analysed of a trial: one record an episode, sorted into pairs."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from rlrc_ros.errors import UserError
@@ -31,8 +27,6 @@ _TEXTS = (
 _NEVER_EMPTY = ("trial_id", "arm", "episode_id", "termination_reason")
 _COUNTS = ("pair", "order", "seed", "steps", "deadline_misses", "skipped_steps")
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class EpisodeRecord:
@@ -41,7 +35,7 @@ class EpisodeRecord:
     Args:
         trial_id: the trial the episode belongs to.
         pair: which pair of episodes; both start from the same scene.
-        order: 0 for the pair's first episode, 1 for its second.
+        order: 0 for the pair's first episode, 1 for its second, and so on with more arms.
         arm: the policy's role, "original" or "compressed" or any other label.
         episode_id: unique among all episodes.
         seed: the scene's seed.
@@ -62,6 +56,8 @@ class EpisodeRecord:
         bag_uri: the bag's directory relative to the trial's directory; empty when nothing was
             recorded.
         message: anything a person should read.
+        sparc: smoothness of the end effector's path, `rlrc_ros.trials.smoothness.sparc`; None
+            where there is no recording of it.
 
     Raises:
         UserError: a value of the wrong type or out of range, or a bag outside the trial's
@@ -89,6 +85,7 @@ class EpisodeRecord:
     guard: Mapping[str, int]
     bag_uri: str
     message: str
+    sparc: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("latency_ms_p50", "latency_ms_p99"):
@@ -96,33 +93,6 @@ class EpisodeRecord:
             if isinstance(value, float) and not math.isfinite(value):
                 object.__setattr__(self, name, None)
         _check(self)
-
-    def to_json(self) -> str:
-        """One line of JSON, without the line's end."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps({**values, "guard": dict(self.guard)}, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> EpisodeRecord:
-        """The record of one line.
-
-        Raises:
-            UserError: the line is not a JSON object with exactly this class's fields and valid
-                values.
-
-        """
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"not valid JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise UserError("not a JSON object")
-        names = {field.name for field in dataclasses.fields(cls)}
-        if missing := sorted(names - values.keys()):
-            raise UserError(f"{', '.join(missing)} missing")
-        if unknown := sorted(values.keys() - names):
-            raise UserError(f"unknown field {', '.join(map(repr, unknown))}")
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -143,76 +113,6 @@ class Pairing:
     incomplete: dict[int, EpisodeRecord]
     repeated: tuple[EpisodeRecord, ...]
     mismatched: tuple[int, ...]
-
-
-def append(path: str | Path, record: EpisodeRecord) -> None:
-    """Adds a record to the log and returns when it is on the disk.
-
-    What a crash left of an unfinished last line is cut off first: the new record would become part
-    of it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    created = not path.exists()
-    with path.open("x+b" if created else "r+b") as file:
-        content = file.read()
-        complete = content.rfind(b"\n") + 1
-        line = record.to_json().encode() + b"\n"
-        if tail := content[complete:]:
-            if _is_torn(tail):
-                file.truncate(complete)
-            else:
-                line = b"\n" + line
-        file.seek(0, os.SEEK_END)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    if created:
-        # Without this a power cut can lose the new file's name though its content is on the disk.
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def read(path: str | Path) -> list[EpisodeRecord]:
-    """Every episode of a log, in the order in which they were first written down.
-
-    A later line with an episode's id replaces the earlier one: that is how an outcome is labelled
-    or corrected. A last line that a crash cut short is left out, with a logged warning.
-
-    Raises:
-        UserError: the file cannot be read, or a line is malformed; names the file and the line.
-
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    tail = lines.pop()
-    if tail and _is_torn(tail):
-        _log.warning(
-            "%s:%d: the last line was cut short, probably by a crash; it is left out",
-            path,
-            len(lines) + 1,
-        )
-    elif tail:
-        lines.append(tail)
-    records: dict[str, EpisodeRecord] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = EpisodeRecord.from_json(line)
-            earlier = records.get(record.episode_id, record)
-            if (place := _place(record)) != _place(earlier):
-                raise UserError(
-                    f"episode {record.episode_id} is already {_place(earlier)}, not {place}"
-                )
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}; mend or remove that line") from None
-        records[record.episode_id] = record
-    return list(records.values())
 
 
 def pairs(records: Iterable[EpisodeRecord]) -> Pairing:
@@ -255,19 +155,6 @@ def pairs(records: Iterable[EpisodeRecord]) -> Pairing:
     )
 
 
-def _place(record: EpisodeRecord) -> str:
-    return f"trial {record.trial_id}, pair {record.pair}, arm {record.arm}"
-
-
-def _is_torn(line: bytes) -> bool:
-    """Whether a line without its end was cut short: no beginning of a JSON object is JSON."""
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return False
-
-
 def _check(record: EpisodeRecord) -> None:
     for name in _TEXTS:
         value = getattr(record, name)
@@ -277,8 +164,6 @@ def _check(record: EpisodeRecord) -> None:
             raise UserError(f"{name} is empty")
     for name in _COUNTS:
         _check_count(name, getattr(record, name))
-    if record.order > 1:
-        raise UserError(f"order is {record.order}: it is 0 or 1, the position inside the pair")
     if record.outcome not in OUTCOMES:
         raise UserError(f"outcome is {record.outcome!r}, not one of {', '.join(OUTCOMES)}")
     _check_number("duration_s", record.duration_s)

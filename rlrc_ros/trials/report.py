@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from jinja2 import Environment, StrictUndefined
 
 from rlrc_ros.files import write_atomically
 from rlrc_ros.trials.frames import FrameStrip, jpeg_uri
+from rlrc_ros.trials.media import Clip
 from rlrc_ros.trials.plots import PARTS, latency_plot, size_plot, success_plot, width_plot
 from rlrc_ros.trials.records import EpisodeRecord
 from rlrc_ros.trials.summary import Summary
-from rlrc_ros.trials.table import MISSING, detail_rows, headline_rows, number, quantity
+from rlrc_ros.trials.table import MISSING, detail_rows, headline_rows, number, points, quantity
 from rlrc_ros.trials.verdict import remarks, verdict
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -51,73 +52,105 @@ class _Table:
     rows: list[list[str]]
 
 
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    summary: Summary,
-    records: Iterable[EpisodeRecord],
-    policies: Mapping[str, Mapping[str, Any]],
-    frames: FrameStrip | None = None,
-    notes: Sequence[str] = (),
-    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    commands: Sequence[str] = (),
-) -> None:
-    """Writes the report of a trial: self-contained HTML, no script, replaced in one step.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a report tells.
 
     Args:
-        path: the HTML file; its directory is made where it is missing.
-        title: the report's heading.
+        title: its heading.
         summary: what `summarise` made of the records.
         records: every episode, in the order in which they were run.
         policies: for each arm what `rlrc inspect --json` prints; missing keys are left out.
         frames: camera frames of one pair.
+        clips: both episodes of pairs side by side.
+        plan: what was registered before the trial, as keys and values.
         notes: what a reader should know, one paragraph each.
+        exclusions: heading and rows of what was left out or changed after the fact.
+        failures: rows that say how episodes failed.
         tables: heading and rows of further tables, such as the stages of the compression.
         commands: the command lines that make this trial and report again.
+
+    """
+
+    title: str
+    summary: Summary
+    records: Sequence[EpisodeRecord]
+    policies: Mapping[str, Mapping[str, Any]]
+    frames: FrameStrip | None = None
+    clips: Sequence[Clip] = ()
+    plan: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+    exclusions: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    failures: Sequence[Mapping[str, Any]] = ()
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Writes a report: self-contained HTML, no script, replaced in one step.
 
     Raises:
         OSError: the file cannot be written.
 
     """
-    records = list(records)
-    counted = [record for record in records if record.episode_id not in set(summary.repeated)]
-    plots = [
-        success_plot(summary),
-        latency_plot(counted, summary),
-        size_plot(policies, summary.arms),
-    ]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    html = template.render(
-        title=title,
-        summary=summary,
-        reference=summary.arms[0],
-        candidate=summary.arms[1],
-        verdict=verdict(summary),
-        confidence=f"{100 * (1 - summary.alpha):.3g}%",
-        margin=f"{100 * summary.margin:.3g}",
-        headline=headline_rows(summary, policies),
-        details=detail_rows(summary),
-        remarks=[*remarks(summary), *([notes] if isinstance(notes, str) else notes)],
-        plots=[plot for plot in plots if plot is not None],
-        pair=None if frames is None else frames.pair,
-        times=[] if frames is None else [f"{time:.1f} s" for time in frames.columns()],
-        frames=[] if frames is None else _frame_rows(frames, summary.arms),
-        pairs=_pairs(counted, summary.arms),
-        marks=_MARKS,
-        tables={heading: _table(rows) for heading, rows in (tables or {}).items() if rows},
-        parts=_parts(policies, summary.arms),
-        widths=width_plot(policies, summary.arms),
-        provenance={arm: _provenance(policies.get(arm, {})) for arm in summary.arms},
-        commands=list(commands),
-        seeds=_ranges({record.seed for record in records}),
-        versions=_versions(),
-    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A lone surrogate in a note must not cost the report.
-    write_atomically(path, html, errors="replace")
+    write_atomically(path, template.render(content(report)), errors="replace")
+
+
+def content(report: Report) -> dict[str, Any]:
+    """Everything that a report's page shows, in words, tables and pictures."""
+    summary, policies, arms = report.summary, report.policies, report.summary.arms
+    counted = [r for r in report.records if r.episode_id not in set(summary.repeated)]
+    plots = [success_plot(summary), latency_plot(counted, summary), size_plot(policies, arms)]
+    strip, tables = report.frames, {**report.tables}
+    return {
+        "title": report.title,
+        "summary": summary,
+        "reference": arms[0],
+        "candidate": arms[1],
+        "verdict": verdict(summary),
+        "confidence": f"{100 * (1 - summary.alpha):.3g}%",
+        "margin": f"{100 * summary.margin:.3g}",
+        "headline": headline_rows(summary, policies),
+        "details": detail_rows(summary),
+        "task_table": _task_table(summary),
+        "remarks": [*remarks(summary), *report.notes],
+        "plots": [plot for plot in plots if plot is not None],
+        "pair": None if strip is None else strip.pair,
+        "times": [] if strip is None else [f"{time:.1f} s" for time in strip.columns()],
+        "frames": [] if strip is None else _frame_rows(strip, arms),
+        "clips": report.clips,
+        "failures": _table(report.failures) if report.failures else None,
+        "exclusions": {name: _table(rows) for name, rows in report.exclusions.items() if rows},
+        "pairs": _pairs(counted, arms),
+        "marks": _MARKS,
+        "tables": {heading: _table(rows) for heading, rows in tables.items() if rows},
+        "plan": report.plan,
+        "parts": _parts(policies, arms),
+        "widths": width_plot(policies, arms),
+        "provenance": {arm: _provenance(policies.get(arm, {})) for arm in arms},
+        "commands": list(report.commands),
+        "seeds": _ranges({record.seed for record in report.records}),
+        "versions": _versions(),
+    }
+
+
+def _task_table(summary: Summary) -> _Table | None:
+    """The comparison within each task; None where there is but one."""
+    columns = ["task", "pairs", *summary.arms, "difference (points)", "p, non-inferior", "p, any"]
+    rows = []
+    for task, c in summary.task_comparisons.items():
+        successes = (c.both + c.only_reference, c.both + c.only_candidate)
+        low, high = (points(end, sign=True) for end in c.interval)
+        difference = f"{points(c.difference, sign=True)} ({low} to {high})"
+        p_values = [f"{p:.3g}" for p in (c.noninferiority_p, c.mcnemar_p)]
+        counts = [f"{n}/{c.pairs}" for n in successes]
+        rows.append([task, str(c.pairs), *counts, difference, *p_values])
+    return _Table(columns, rows) if rows else None
 
 
 def _frame_rows(strip: FrameStrip, arms: Sequence[str]) -> list[_FrameRow]:

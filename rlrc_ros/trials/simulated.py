@@ -1,4 +1,4 @@
-"""A trial on the simulated arm: starts the nodes, runs paired episodes, keeps a record of each."""
+"""A trial on the simulated arm, unattended: starts the nodes and runs every step that is left."""
 
 from __future__ import annotations
 
@@ -6,39 +6,23 @@ import contextlib
 import ctypes
 import os
 import random
-import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
 from rlrc_ros.profile import RobotProfile
-from rlrc_ros.trials.records import EpisodeRecord, append
+from rlrc_ros.trials.session import LOGS, Trial, TrialSession
+from rlrc_ros.trials.state import SIMULATOR
+
+if TYPE_CHECKING:
+    from rlrc_ros.trials.client import RobotClient
 
 STOP_TIME = 10.0
 """s that a node may take to stop before it is killed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulatedTrial:
-    """What to run.
-
-    Attributes:
-        arms: bundles by arm, the reference first.
-        pairs: how many scenes; both arms run in each.
-        first_seed: the first scene's seed; the others follow.
-        max_duration: s after which an episode times out.
-        seed: of the order of the arms within each pair.
-    """
-
-    arms: Mapping[str, str]
-    pairs: int
-    first_seed: int
-    max_duration: float = 12.0
-    seed: int = 0
 
 
 @contextlib.contextmanager
@@ -113,67 +97,53 @@ def _stop(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def run_trial(
-    trial: SimulatedTrial,
-    profile: RobotProfile,
-    out: Path,
-    progress: Callable[[EpisodeRecord], None],
-) -> dict[str, int]:
-    """Run it; records go to `out/episodes.jsonl`, bags to `out/bags`, node logs to `out/logs`.
+@contextlib.contextmanager
+def running_robot(
+    session: TrialSession, profile: RobotProfile, *, attach: bool = False
+) -> Iterator[RobotClient]:
+    """The nodes of a trial, ready; their logs go to the trial's directory.
 
-    On the topics the policies are called by opaque labels. Returns the bytes of weights that each
-    arm's policy holds in memory.
+    attach: use those that run already.
 
     Raises:
         UserError: a node does not start, dies, or does not answer.
     """
     from rlrc_ros.trials.client import RobotClient
+    from rlrc_ros.trials.runner import trial_nodes
 
-    order = random.Random(trial.seed)
-    trial_id = f"trial-{secrets.token_hex(3)}"
-    labels = dict(zip(trial.arms, order.sample(["A", "B"], 2), strict=True))
-    policies = {labels[arm]: path for arm, path in trial.arms.items()}
-    specs = bringup.nodes(profile, output_dir=str((out / "bags").resolve()), policies=policies)
-    with running_nodes(specs, out / "logs") as alive, RobotClient() as robot:
-        robot.wait_until_ready(alive)
-        memory = {info.label: info.weight_bytes for info in robot.policies()}
-        for pair in range(trial.pairs):
-            arms = order.sample(list(trial.arms), len(trial.arms))
-            for place, arm in enumerate(arms):
-                alive()
-                seed = trial.first_seed + pair
-                scene = robot.reset_scene(seed)
-                robot.load_policy(labels[arm])
-                episode_id = f"{trial_id}-{pair:03d}-{labels[arm]}"
-                outcome = robot.run_episode(
-                    scene.instruction, labels[arm], episode_id, trial.max_duration, record=True
-                )
-                result = outcome.result
-                judged = "success" if outcome.success else "failure"
-                if result.bag_uri:
-                    robot.label_episode(result.bag_uri, judged, "judged by the simulator's state")
-                record = EpisodeRecord(
-                    trial_id=trial_id,
-                    pair=pair,
-                    order=place,
-                    arm=arm,
-                    episode_id=episode_id,
-                    seed=seed,
-                    task=scene.task,
-                    instruction=scene.instruction,
-                    outcome=judged,
-                    score=None,
-                    termination_reason=result.termination_reason,
-                    steps=result.steps,
-                    duration_s=outcome.duration,
-                    latency_ms_p50=result.latency_ms_p50,
-                    latency_ms_p99=result.latency_ms_p99,
-                    deadline_misses=result.deadline_misses,
-                    skipped_steps=result.skipped_steps,
-                    guard=outcome.guard,
-                    bag_uri=f"bags/{Path(result.bag_uri).name}" if result.bag_uri else "",
-                    message=result.message,
-                )
-                append(out / "episodes.jsonl", record)
-                progress(record)
-        return {arm: memory[label] for arm, label in labels.items()}
+    if attach:
+        with RobotClient() as robot:
+            robot.wait_until_ready(lambda: None, simulated=profile.simulated)
+            yield robot
+    else:
+        specs = trial_nodes(session, profile)
+        with running_nodes(specs, session.directory / LOGS) as alive, RobotClient() as robot:
+            robot.wait_until_ready(alive, simulated=profile.simulated)
+            yield robot
+
+
+def run_simulated(
+    session: TrialSession, profile: RobotProfile, progress: Callable[[Trial], None]
+) -> None:
+    """Start the nodes and run what is left of a trial on the simulated arm.
+
+    Raises:
+        UserError: a node does not start, dies, or does not answer.
+    """
+    with running_robot(session, profile) as robot:
+        run_rest(session, robot, progress)
+
+
+def run_rest(session: TrialSession, robot: RobotClient, progress: Callable[[Trial], None]) -> None:
+    """Run what is left of a trial; the simulated arm's state judges every episode.
+
+    progress: called after every trial.
+    """
+    from rlrc_ros.trials.runner import run_current
+
+    while session.state in ("ready", "stopped"):
+        # A trial that has ended but has no label was left by a process that was killed.
+        ready = session.state == "ready"
+        trial = run_current(session, robot) if ready else session.trials[-1]
+        notes = "judged by the simulator's state"
+        progress(session.label(trial.number, trial.judged, notes=notes, operator=SIMULATOR))

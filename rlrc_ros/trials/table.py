@@ -70,6 +70,8 @@ def detail_rows(summary: Summary) -> list[Row]:
     rows = [
         row("worst latency p99 of any episode (ms)", "latency_ms_p99_worst"),
         row("median duration (s)", "duration_s"),
+        row("median time to success (s)", "time_to_success_s"),
+        row("path smoothness, SPARC (0 is smoothest)", "sparc"),
         row("control steps", "steps"),
         row("deadline misses", "deadline_misses"),
         row("skipped steps", "skipped_steps"),
@@ -134,9 +136,9 @@ def quantity(value: float | None) -> str:
     if value is None:
         return MISSING
     if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}"
+        return f"{value:,.0f}".replace("-", "−")
     decimals = 0 if value == 0 else max(0, 2 - int(f"{value:e}".split("e")[1]))
-    return f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 def points(difference: float, *, sign: bool = False) -> str:

@@ -28,6 +28,11 @@ def verdict(summary: Summary) -> str:
         f"{level} interval of the difference {points(low, sign=True)} to "
         f"{points(high, sign=True)} points"
     )
+    if c.both + c.only_reference == 0 and low <= 0:
+        return (
+            f"This trial cannot tell the policies apart: {reference} never succeeded, and to be no "
+            f"worse than that means nothing ({counts})."
+        )
     if c.verdict == "noninferior":
         if low > 0:
             claim = f"{candidate} is better than {reference}"
@@ -60,6 +65,12 @@ def verdict(summary: Summary) -> str:
 def remarks(summary: Summary) -> list[str]:
     """How episodes were counted and what was left out, one plain sentence each."""
     lines = []
+    c = summary.comparison
+    if c is not None and c.both == c.pairs:
+        lines.append(
+            "Every episode succeeded: the tasks may be too easy to show a difference that harder "
+            "ones would."
+        )
     if summary.partial:
         lines.append(f"Partial outcomes count as not successful: {_listed(summary.partial)}.")
     if summary.unlabelled:

@@ -31,7 +31,7 @@ class ActionCodec:
 
         Values outside the range are clipped.
         """
-        span = np.where(self._mask, self._high - self._low, 1.0)
+        span = np.where(self._mask & (self._high > self._low), self._high - self._low, 1.0)
         scaled = np.where(self._mask, 2 * (actions - self._low) / span - 1, actions)
         digits = np.digitize(np.clip(scaled, -1.0, 1.0), self._edges)
         return (self.config.n_bins - digits).astype(np.int64)

@@ -15,24 +15,26 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.schema import from_dict, read_json
+from rlrc_ros.vla import openvla_checkpoint
 from rlrc_ros.vla.config import BundleConfig
+from rlrc_ros.vla.weights import WeightFiles
 
 SHIPPED = Path(__file__).resolve().parent.parent / "bundles"
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "provenance.json")
+TOKENIZER = "tokenizer.json"
+FILES = ("config.json", "model.safetensors", TOKENIZER, "provenance.json")
 SUMS = "SHA256SUMS"
 
 
@@ -44,11 +46,18 @@ class Bundle:
     config: BundleConfig
     provenance: dict[str, Any]
     hash: str
+    unnorm_keys: tuple[str, ...] = ()
+    """Data sets whose statistics an OpenVLA checkpoint has, where none of them was chosen."""
 
     @property
     def name(self) -> str:
         """The directory's name."""
         return self.path.name
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it can read an instruction; a checkpoint may come without a tokenizer."""
+        return (self.path / TOKENIZER).is_file()
 
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer.
@@ -56,34 +65,40 @@ class Bundle:
         Raises:
             UserError: its file cannot be read.
         """
-        file = self.path / "tokenizer.json"
+        file = self.path / TOKENIZER
         try:
             return Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises nothing more specific
             raise UserError(f"{file}: not a readable tokenizer ({error})") from None
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the stored tensors, read from the header alone."""
-        with _open(self.path / "model.safetensors") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    def require_action_scale(self) -> None:
+        """Refuse a checkpoint of which nobody has said how its actions are scaled.
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the stored tensors."""
-        return {name: tensor.nbytes for name, tensor in self.tensors().items()}
+        Raises:
+            UserError: it has several sets of statistics, and none was chosen.
+        """
+        if self.unnorm_keys:
+            raise UserError(
+                f"{self.path}: scales actions differently by data set, so choose one as "
+                f"{self.path.name}#KEY; there are: {', '.join(self.unnorm_keys)}"
+            )
+
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """Where its tensors are stored.
+
+        Raises:
+            UserError: the files cannot be read.
+        """
+        return WeightFiles.find(self.path)
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, memory-mapped."""
-        with _open(self.path / "model.safetensors") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return self.weights.mapped()
 
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the stored tensors."""
+        return {name: tensor.nbytes for name, tensor in self.weights.stream()}
 
 
 def resolve(policy: str | Path) -> Path:
@@ -102,20 +117,49 @@ def resolve(policy: str | Path) -> Path:
     raise UserError(f"{policy}: no such bundle directory{known}")
 
 
-def open_bundle(policy: str | Path) -> Bundle:
-    """Open and verify a bundle.
+def open_bundle(policy: str | Path, unnorm_key: str | None = None) -> Bundle:
+    """Open and verify a bundle, or a checkpoint directory as OpenVLA publishes it.
+
+    Args:
+        policy: a directory, or the short name of a shipped bundle. `DIR#KEY` also says which
+            `unnorm_key` of a checkpoint to take.
+        unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions; not
+            needed where there is only one. A bundle has its own scale.
 
     Raises:
         UserError: it does not exist, a file is missing, differs from its checksum, or does not
-            parse.
+            parse; there are no statistics of that name.
     """
+    if unnorm_key is None and not Path(policy).expanduser().is_dir() and "#" in str(policy):
+        policy, _, unnorm_key = str(policy).rpartition("#")
     path = resolve(policy)
+    if not (path / SUMS).is_file() and openvla_checkpoint.is_checkpoint(path):
+        return _open_checkpoint(path, unnorm_key)
     digest = _verify(path)
     config = from_dict(BundleConfig, read_json(path / "config.json"), str(path / "config.json"))
+    if unnorm_key is not None:
+        raise UserError(
+            f"{path}: is a bundle, whose actions have one scale; leave out '{unnorm_key}'"
+        )
     origin = read_json(path / "provenance.json")
     if not isinstance(origin, dict):
         raise UserError(f"{path / 'provenance.json'}: expected keys and values")
     return Bundle(path, config, origin, digest)
+
+
+def _open_checkpoint(path: Path, unnorm_key: str | None) -> Bundle:
+    checkpoint = openvla_checkpoint.read_checkpoint(path)
+    config = checkpoint.bundle_config(unnorm_key)
+    parts = [*map(path.joinpath, openvla_checkpoint.FILES), *checkpoint.weights.files.values()]
+    files = sorted({file for file in parts if file.is_file()})
+    with ThreadPoolExecutor() as pool:
+        sums = zip(files, pool.map(sha256, files), strict=True)
+        text = "".join(f"{digest}  {file.name}\n" for file, digest in sums)
+    origin = {"parent": None, "stages": [{"stage": "original", "unnorm_key": unnorm_key}]}
+    keys = tuple(checkpoint.statistics)
+    ambiguous = unnorm_key is None and len(keys) > 1
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Bundle(path, config, origin, digest, keys if ambiguous else ())
 
 
 def _verify(path: Path) -> str:

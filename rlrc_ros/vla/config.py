@@ -140,9 +140,10 @@ class ActionCodecConfig:
         _refuse_below(2, "action codec", n_bins=self.n_bins)
         if not len(self.q01) == len(self.q99) == len(self.mask):
             raise UserError("action codec: q01, q99 and mask must have the same length")
-        if any(m and not lo < hi for lo, hi, m in zip(self.q01, self.q99, self.mask, strict=True)):
+        if any(m and not lo <= hi for lo, hi, m in zip(self.q01, self.q99, self.mask, strict=True)):
             raise UserError(
-                "action codec: q01 must be below q99 in every dimension that mask scales"
+                "action codec: q01 must be below q99 in every dimension that mask scales, or equal "
+                "where that does not move"
             )
 
     @property
@@ -185,10 +186,12 @@ class ProprioceptionConfig:
 class QuantizationConfig:
     """How the weights of some parts are stored."""
 
-    method: Literal["bitsandbytes-nf4"]
+    method: Literal["bitsandbytes-nf4", "bitsandbytes-int8"]
     parts: tuple[Literal["llm", "vision", "projector"], ...]
     block_size: int = 64
+    """Weights that share a scale, in NF4; int8 has one scale a row."""
     double_quantization: bool = True
+    """Whether NF4's scales are quantized too."""
 
     def __post_init__(self) -> None:
         if not self.parts:

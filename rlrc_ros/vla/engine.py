@@ -4,7 +4,7 @@
 observation at a time on a CPU: projections fused, keys and values in plain preallocated tensors,
 the head cut to the action rows, quantized weights dequantized where they are used. On small and
 pruned decoders most of eager's time is Python and cache bookkeeping between kernels; this removes
-it. Both give the same tokens in float32.
+it. For a GPU there is `rlrc_ros.vla.graph_engine`. All give the same tokens in float32.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
-from rlrc_ros.vla.quantization import bitsandbytes, is_quantized, weight_bytes
+from rlrc_ros.vla.quantization import Int8Linear, bitsandbytes, is_quantized, weight_bytes
 
 
 class Engine(Protocol):
     """Runs a model."""
 
     name: str
+    takes_bytes: bool
+    """Whether it wants its inputs on the CPU, the image in bytes: it brings them over itself."""
 
     def bins(self, inputs: Inputs) -> Tensor:
         """Greedy action bins, (B, action_tokens)."""
@@ -33,11 +35,16 @@ class Engine(Protocol):
         """Bytes of weights held in memory, by part: vision, projector, llm."""
         ...
 
+    def prepare(self) -> float:
+        """Do what would make the first actions late; returns the seconds it took."""
+        ...
+
 
 class EagerEngine:
     """The modules as they are; any batch, any device."""
 
     name = "eager"
+    takes_bytes = False
 
     def __init__(self, model: OpenVLA) -> None:
         self._model = model
@@ -46,6 +53,10 @@ class EagerEngine:
     def bins(self, inputs: Inputs) -> Tensor:
         """Greedy action bins, (B, action_tokens)."""
         return _finite(*self._model.generate(inputs))
+
+    def prepare(self) -> float:
+        """Nothing to do."""
+        return 0.0
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part."""
@@ -132,6 +143,8 @@ class _Layer:
         ]
 
     def _fuse(self, linears: list[Any]) -> Any:
+        if isinstance(linears[0], Int8Linear):
+            return Int8Linear.joined(linears)
         return _NF4(linears, self._norm1.dtype) if is_quantized(linears[0]) else _Dense(linears)
 
     def refresh(self, layer: Any) -> None:
@@ -251,6 +264,7 @@ class UnrolledEngine:
     """One observation at a time on a CPU."""
 
     name = "unrolled"
+    takes_bytes = False
 
     def __init__(self, model: OpenVLA) -> None:
         language_model = model.language_model
@@ -265,6 +279,10 @@ class UnrolledEngine:
         if len(inputs) != 1:
             raise ValueError("the unrolled engine takes one observation at a time")
         return _finite(*self._unrolled(inputs))
+
+    def prepare(self) -> float:
+        """Nothing to do."""
+        return 0.0
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part."""

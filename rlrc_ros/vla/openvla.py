@@ -27,7 +27,8 @@ class Inputs:
     Attributes:
         input_ids: (B, T) token ids, BOS first, shorter prompts padded at their end.
         attention_mask: (B, T) bool, False at padding; None when there is none.
-        pixel_values: (B, 3 × towers, H, W), normalised, one RGB triple for each tower.
+        pixel_values: (B, 3 × towers, H, W), normalised, one RGB triple for each tower; or (B, H, W,
+            3) uint8 for an engine that normalises.
         proprioception: (B, P), normalised; None when the policy takes none.
     """
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +20,12 @@ from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.engine import EagerEngine, Engine, UnrolledEngine
+from rlrc_ros.vla.graph_engine import GraphEngine
+from rlrc_ros.vla.openvino_engine import OpenVINOEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.processor import Observation, Processor
 
-EngineName = Literal["auto", "eager", "unrolled"]
+EngineName = Literal["auto", "eager", "unrolled", "graph", "openvino"]
 
 
 @dataclass
@@ -50,8 +55,8 @@ def empty_model(bundle: Bundle) -> OpenVLA:
     """
     with torch.device("meta"):
         model = build_model(bundle.config)
-    file = bundle.path / "model.safetensors"
-    _refuse_misfits(file, model, bundle.shapes(), bundle.config.quantization is not None)
+    weights, quantized = bundle.weights, bundle.config.quantization is not None
+    _refuse_misfits(weights.path, model, weights.shapes(), quantized)
     return model
 
 
@@ -64,18 +69,21 @@ def load_model(
         UserError: the stored tensors do not fit the architecture; found out before any of them is
             read.
     """
-    model = empty_model(bundle)
-    file = bundle.path / "model.safetensors"
-    quantized = bundle.config.quantization
-    tensors = bundle.tensors()
-    if quantized:
-        quantization.restore(model, quantized, tensors)
-    # Copies: the file's own memory map must not change under a running policy when the file does.
-    cast = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+    model, weights = empty_model(bundle), bundle.weights
+    tensors = weights.stream()
+    if quantized := bundle.config.quantization:
+        held = bundle.tensors()
+        quantization.restore(model, quantized, held)
+        tensors = iter(held.items())
+    # Copies, one at a time: a file's own memory map must not change under a running policy when the
+    # file does, nor fill the memory beside them.
+    cast = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
     problems = model.load_state_dict(cast, strict=False, assign=True)
     left = [key for key in problems.missing_keys if not _belongs_to_quantized(model, key)]
     if left or problems.unexpected_keys:
-        raise UserError(f"{file}: missing {left[:3]}, unexpected {problems.unexpected_keys[:3]}")
+        raise UserError(
+            f"{weights.path}: missing {left[:3]}, unexpected {problems.unexpected_keys[:3]}"
+        )
     model.rebuild_buffers()
     return model.to(device).eval()
 
@@ -136,7 +144,8 @@ class Policy:
         self.bundle, self.config, self.hash = bundle, bundle.config, bundle.hash
         self.engine, self.device, self.dtype = engine, device, dtype
         self.parameters = parameters
-        self.processor = Processor(bundle.config, bundle.tokenizer())
+        tokenizer = bundle.tokenizer() if bundle.has_tokenizer else None
+        self.processor = Processor(bundle.config, tokenizer)
         self._codec = ActionCodec(bundle.config.action_codec)
 
     def act(self, observation: Observation) -> ActionChunk:
@@ -146,8 +155,11 @@ class Policy:
             UserError: the observation does not fit the bundle's contract, or the model gave a value
                 that is not finite.
         """
+        self.bundle.require_action_scale()
         start = time.perf_counter()
-        inputs = self.processor(observation).to(self.device, self.dtype)
+        inputs = self.processor(observation, as_bytes=self.engine.takes_bytes)
+        if not self.engine.takes_bytes:
+            inputs = inputs.to(self.device, self.dtype)
         ready = time.perf_counter()
         bins = self.engine.bins(inputs).cpu().numpy()
         actions = self._codec.decode(bins)
@@ -164,21 +176,28 @@ class Policy:
         return parts | {"total": sum(parts.values())}
 
     def warm_up(self) -> float:
-        """Act twice on a grey image, so that no robot waits for first calls.
+        """Prepare the engine and act twice on a grey image: no robot waits for first calls.
 
         Returns the seconds it took.
+
+        Raises:
+            UserError: nobody has said how the policy's actions are scaled.
         """
+        self.bundle.require_action_scale()
         start = time.perf_counter()
-        config = self.config
+        config, in_bytes = self.config, self.engine.takes_bytes
         size = config.architecture.towers[0].image_size
         grey = np.full((1, size, size, 3), 128, np.uint8)
         resting = np.asarray(config.proprioception.mean)[None] if config.proprioception else None
         inputs = Inputs(
             torch.full((1, 16), config.architecture.decoder.bos_token_id),
             None,
-            self.processor.pixel_values(grey),
+            torch.tensor(grey) if in_bytes else self.processor.pixel_values(grey),
             None if resting is None else self.processor.normalise_proprioception(resting),
-        ).to(self.device, self.dtype)
+        )
+        if not in_bytes:
+            inputs = inputs.to(self.device, self.dtype)
+        self.engine.prepare()
         for _ in range(2):
             self.engine.bins(inputs)
         return time.perf_counter() - start
@@ -202,16 +221,22 @@ def parameter_counts(model: OpenVLA) -> dict[str, int]:
 
 
 def load_policy(
-    policy: str | Path, device: str = "cpu", engine: EngineName = "auto", dtype: str = "auto"
+    policy: str | Path,
+    device: str = "cpu",
+    engine: EngineName = "auto",
+    dtype: str = "auto",
+    unnorm_key: str | None = None,
 ) -> Policy:
-    """Load a bundle and make it ready to act.
+    """Load a bundle or an OpenVLA checkpoint and make it ready to act.
 
     Args:
-        policy: a bundle directory, or the short name of a shipped bundle.
+        policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `unrolled` on a CPU, else `eager`.
+        engine: `auto` takes `unrolled` on a CPU, else `graph`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
-            else bfloat16.
+            else bfloat16. With `openvino`, of the arithmetic alone.
+        unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
+            there are several and none is chosen, the policy loads and refuses to act.
 
     Raises:
         UserError: the bundle is incomplete or damaged, or does not fit; the device does not exist.
@@ -223,16 +248,45 @@ def load_policy(
         raise UserError(
             f"device '{device}' cannot be used ({str(error).splitlines()[0]})"
         ) from None
-    bundle = open_bundle(policy)
+    bundle = open_bundle(policy, unnorm_key)
     on_cpu = target.type == "cpu"
-    if engine == "unrolled" and not on_cpu:
-        raise UserError("the unrolled engine runs on a CPU only; take engine 'eager'")
+    if engine == "auto":
+        engine = "unrolled" if on_cpu else "graph"
+    if engine in ("unrolled", "openvino") and not on_cpu:
+        raise UserError(f"the {engine} engine runs on a CPU only; take engine 'graph' or 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    build = _ENGINES[engine]
+    if engine == "openvino":  # which casts by itself, where it takes weights in float32
+        build = partial(OpenVINOEngine, precision="bf16" if kind == torch.bfloat16 else "f32")
+        kind = torch.float32
+    _refuse_too_large(bundle, target, kind)
     model = load_model(bundle, target, kind)
     parameters = parameter_counts(model)  # before an engine takes the model apart
-    chosen: Engine = (
-        UnrolledEngine(model)
-        if engine == "unrolled" or (engine == "auto" and on_cpu)
-        else EagerEngine(model)
-    )
-    return Policy(bundle, chosen, parameters, target, kind)
+    return Policy(bundle, build(model), parameters, target, kind)
+
+
+_ENGINES: dict[str, Callable[[OpenVLA], Engine]] = {
+    "eager": EagerEngine,
+    "unrolled": UnrolledEngine,
+    "graph": GraphEngine,
+    "openvino": OpenVINOEngine,
+}
+
+
+def _refuse_too_large(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+    """Say before anything is read that a GPU has no room for a model, and what would fit."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    quantized = bundle.config.quantization is not None
+    shapes = bundle.weights.shapes().values()
+    needed = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    if quantized:
+        needed = sum(bundle.sizes().values())
+    if needed > free:
+        advice = "prune it further" if quantized else "prune it, or quantize it to NF4"
+        smaller = "" if quantized else f" (about {needed * 0.55 / dtype.itemsize / 1e9:.1f} GB)"
+        raise UserError(
+            f"{bundle.path}: its weights take {needed / 1e9:.1f} GB as {dtype}, and {device} has "
+            f"{free / 1e9:.1f} of its {total / 1e9:.1f} GB free; {advice}{smaller}, or free memory"
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,17 +46,21 @@ class Processor:
         self._unknown = tokenizer.token_to_id("<unk>") if tokenizer else None
         self._token_ids: dict[str, list[int]] = {}
 
-    def __call__(self, observation: Observation) -> Inputs:
+    def __call__(self, observation: Observation, as_bytes: bool = False) -> Inputs:
         """A batch of one.
+
+        as_bytes: leave the image (1, H, W, 3) uint8, for an engine that normalises it.
 
         Raises:
             UserError: a camera or the proprioception is missing or has the wrong shape, a value is
                 not finite, or the instruction is empty or has words the policy does not know.
         """
+        ids = torch.tensor([self.token_ids(observation.instruction)])
+        image = self.image(observation)[None]
         return Inputs(
-            torch.tensor([self.token_ids(observation.instruction)]),
+            ids,
             None,
-            self.pixel_values(self._image(observation)[None]),
+            torch.tensor(image) if as_bytes else self.pixel_values(image),
             self._proprioception(observation),
         )
 
@@ -137,7 +142,12 @@ class Processor:
             contract.std, device=x.device
         )
 
-    def _image(self, observation: Observation) -> NDArray[np.uint8]:
+    def image(self, observation: Observation) -> NDArray[np.uint8]:
+        """What the towers see: (H, W, 3) uint8 of their size.
+
+        Raises:
+            UserError: the camera is missing, or its picture is none.
+        """
         camera = self.config.cameras[0]
         image = observation.images.get(camera.name)
         if image is None:
@@ -148,8 +158,15 @@ class Processor:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise UserError(
                 f"camera '{camera.name}': expected (height, width, 3) uint8 RGB, got "
-                f"{image.shape} {image.dtype}"
+                f"{image.shape} {image.dtype}{_remedy(image)}"
             )
+        return self.resized(image)
+
+    def resized(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB -> the towers' size: bicubic with antialias, not keeping the aspect.
+
+        As upstream's training does it ('resize-naive').
+        """
         size = self.config.architecture.towers[0].image_size
         if image.shape[:2] == (size, size):
             return image
@@ -171,6 +188,15 @@ class Processor:
         if not np.isfinite(values).all():
             raise UserError("the proprioception has a value that is not finite")
         return self.normalise_proprioception(values[None])
+
+
+def _remedy(image: NDArray[Any]) -> str:
+    """What to do about an image that is not RGB of 8 bits, where that can be told."""
+    if image.dtype == np.uint16:
+        return "; scale its 16 bits to 8"
+    if image.ndim == 2 or image.shape[2:] == (1,):
+        return "; it is grey, and the policy was trained on colours"
+    return "; drop its alpha channel" if image.shape[2:] == (4,) else ""
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:

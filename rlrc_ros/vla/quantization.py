@@ -1,14 +1,16 @@
-"""NF4 weights (Dettmers et al., QLoRA, arXiv 2305.14314) through bitsandbytes.
+"""Quantized weights through bitsandbytes: NF4 and int8.
 
-A quantized linear layer keeps two weights a byte and one scale a block; bitsandbytes dequantizes on
-use. Stored as plain tensors under bitsandbytes' own names, `X.weight`, `X.weight.absmax`, …, so
-safetensors holds them.
+NF4 (Dettmers et al., QLoRA, arXiv 2305.14314) keeps two weights a byte and one scale a block, and
+is dequantized on use. int8 (Dettmers et al., LLM.int8(), arXiv 2208.07339, without its outliers)
+keeps one weight a byte and one scale a row, and multiplies in integers. Stored as plain tensors
+beside the weight, `X.weight`, `X.weight.absmax` or `X.weight.SCB`, …, so safetensors holds them.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,8 @@ from rlrc_ros.vla.config import QuantizationConfig
 from rlrc_ros.vla.openvla import OpenVLA
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
+SCALE_KEY = "SCB"
+"""bitsandbytes' name for the largest magnitude in each row, which int8's 127 stands for."""
 
 
 @functools.cache
@@ -33,7 +37,7 @@ def bitsandbytes() -> ModuleType:
         import bitsandbytes as library
     except ImportError as error:
         raise UserError(
-            f"this policy has NF4 weights, which take bitsandbytes ({error}); run: pip install "
+            f"quantized weights take bitsandbytes, which is missing ({error}); run: pip install "
             "bitsandbytes"
         ) from error
     return library
@@ -60,27 +64,117 @@ def quantizable(model: OpenVLA, config: QuantizationConfig) -> Iterator[tuple[nn
                     yield root.get_submodule(parent), attribute, f"{prefix}.{path}"
 
 
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights, one scale a row, and inputs that are quantized on the way.
+
+    On a CPU through torch's dynamically quantized kernels (inputs in 7 bits of one scale a call, so
+    that no processor's instructions overflow, and all give the same); elsewhere through
+    bitsandbytes (inputs in 8 bits, one scale a row).
+
+    Args:
+        weight: (outputs, inputs) int8.
+        scale: (outputs,) float32; what 127 stands for.
+        bias: (outputs,), or None.
+    """
+
+    SCB: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer(SCALE_KEY, scale.float())
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+        self._packed: Any = None
+
+    @classmethod
+    def joined(cls, linears: list[Int8Linear]) -> Int8Linear:
+        """Several with the same inputs, and no bias, as one."""
+        weight = torch.cat([linear.weight for linear in linears])
+        return cls(weight, torch.cat([linear.SCB for linear in linears]), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights as they are held."""
+        copies = 1 if self._packed is None else 2
+        return copies * self.weight.nbytes + self.SCB.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, inputs) -> (…, outputs), in the dtype of the inputs."""
+        if x.device.type == "cpu":
+            if self._packed is None:
+                self._packed = self._pack()
+            out = torch.ops.quantized.linear_dynamic(x.float(), self._packed, True)
+            return (out if self.bias is None else out + self.bias).to(x.dtype)
+        library = bitsandbytes()
+        rows = x.reshape(-1, x.shape[-1]).half()
+        quantized, scales, _ = library.functional.int8_vectorwise_quant(rows)
+        out = torch.ops.bitsandbytes.int8_scaled_mm.default(
+            quantized, self.weight, scales, self.SCB, bias=self.bias, dtype=x.dtype
+        )
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _pack(self) -> Any:
+        """The weight as torch's kernels take it."""
+        zero = torch.zeros(self.out_features, dtype=torch.long)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces that a successor is being made
+            weight = torch._make_per_channel_quantized_tensor(
+                self.weight.data, self.SCB.double() / 127, zero, 0
+            )
+            return torch.ops.quantized.linear_prepack(weight, None)
+
+
 def quantize(model: OpenVLA, config: QuantizationConfig) -> None:
     """Replace the layers that `config` covers by quantized ones, in place."""
-    bnb = bitsandbytes()
     for parent, attribute, _ in quantizable(model, config):
         linear = getattr(parent, attribute)
-        packed, state = bnb.functional.quantize_4bit(
-            linear.weight.detach().float(),
-            blocksize=config.block_size,
-            compress_statistics=config.double_quantization,
-            quant_type="nf4",
-        )
-        weight = bnb.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=config.block_size,
-            compress_statistics=config.double_quantization,
-            quant_type="nf4",
-            bnb_quantized=True,
-        )
-        setattr(parent, attribute, _linear4bit(linear, weight, linear.bias))
+        setattr(parent, attribute, _quantized(linear, linear.weight.detach(), linear.bias, config))
+
+
+def quantize_while_loading(
+    model: OpenVLA, config: QuantizationConfig, tensors: dict[str, Tensor], device: torch.device
+) -> None:
+    """Put quantized layers into a model on the meta device, made of full-precision tensors.
+
+    One matrix at a time is read, quantized on the device and let go.
+
+    Args:
+        model: on the meta device; the layers that `config` covers are replaced.
+        config: which layers, and how.
+        tensors: memory-mapped, by name; those of the layers are taken out.
+        device: where the quantized weights go.
+    """
+    for parent, attribute, name in quantizable(model, config):
+        linear = getattr(parent, attribute)
+        weight = tensors.pop(f"{name}.weight").to(device)
+        setattr(parent, attribute, _quantized(linear, weight, linear.bias, config))
+
+
+def _quantized(
+    linear: nn.Linear, weight: Tensor, bias: nn.Parameter | None, config: QuantizationConfig
+) -> nn.Module:
+    """The quantized layer for a linear one that has this weight."""
+    bnb = bitsandbytes()
+    if config.method == "bitsandbytes-int8":
+        rounded, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        return Int8Linear(rounded, scale, bias)
+    packed, state = bnb.functional.quantize_4bit(
+        weight.float(),
+        blocksize=config.block_size,
+        compress_statistics=config.double_quantization,
+        quant_type="nf4",
+    )
+    parameter = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=config.block_size,
+        compress_statistics=config.double_quantization,
+        quant_type="nf4",
+        bnb_quantized=True,
+    )
+    return _linear4bit(linear, parameter, bias)
 
 
 def stored(model: OpenVLA) -> dict[str, Tensor]:
@@ -88,7 +182,12 @@ def stored(model: OpenVLA) -> dict[str, Tensor]:
 
     Bitsandbytes adds the statistics of its layers by itself.
     """
-    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = {}
+    for name, value in model.state_dict().items():
+        layer, _, last = name.rpartition(".")
+        key = f"{layer}.weight.{SCALE_KEY}" if last == SCALE_KEY else name
+        tensors[key] = value.detach().cpu().contiguous()
+    return tensors
 
 
 def restore(model: OpenVLA, config: QuantizationConfig, tensors: dict[str, Tensor]) -> None:
@@ -97,7 +196,8 @@ def restore(model: OpenVLA, config: QuantizationConfig, tensors: dict[str, Tenso
     Raises:
         UserError: a layer's quantized tensors are missing.
     """
-    bnb = bitsandbytes()
+    int8 = config.method == "bitsandbytes-int8"
+    needed = SCALE_KEY if int8 else STATE_KEY
     for parent, attribute, name in quantizable(model, config):
         linear = getattr(parent, attribute)
         prefix = f"{name}.weight"
@@ -106,12 +206,17 @@ def restore(model: OpenVLA, config: QuantizationConfig, tensors: dict[str, Tenso
             for key in list(tensors)
             if key.startswith(f"{prefix}.")
         }
-        if prefix not in tensors or STATE_KEY not in statistics:
+        if prefix not in tensors or needed not in statistics:
             raise UserError(
-                f"config.json says that {name} is NF4, and model.safetensors has no such weights "
-                "for it"
+                f"config.json says that {name} is {'int8' if int8 else 'NF4'}, and "
+                "model.safetensors has no such weights for it"
             )
-        weight = bnb.nn.Params4bit.from_prequantized(
+        if int8:
+            # Copies: the file's own memory map must not change under a running policy.
+            weight, scale = tensors.pop(prefix).clone(), statistics[needed].clone()
+            setattr(parent, attribute, Int8Linear(weight, scale, linear.bias))
+            continue
+        weight = bitsandbytes().nn.Params4bit.from_prequantized(
             tensors.pop(prefix), statistics, requires_grad=False, device="cpu"
         )
         setattr(parent, attribute, _linear4bit(linear, weight, linear.bias))
@@ -131,15 +236,18 @@ def _linear4bit(linear: nn.Linear, weight: Tensor, bias: nn.Parameter | None) ->
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer holds NF4 weights."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    """Whether a layer holds quantized weights."""
+    nf4 = getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    return nf4 or isinstance(module, Int8Linear)
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's weights as they are held now, quantization statistics included."""
     total = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     for layer in module.modules():
-        if is_quantized(layer):
+        if isinstance(layer, Int8Linear):
+            total += layer.nbytes - layer.weight.nbytes - layer.SCB.nbytes
+        elif is_quantized(layer):
             weight: Any = layer.weight
             statistics = weight.quant_state.as_dict(packed=True).values()
             total += sum(v.numel() * v.element_size() for v in statistics)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -130,3 +131,53 @@ def test_one_action_takes_time(policies):
     policy = load_policy(policies / "tabletop-original")
     observation = synthetic_observation(policy.config, "stack the red cube", 0)
     assert 0 < timed(policy, observation) < 10_000
+
+
+@pytest.fixture
+def small_shape(monkeypatch):
+    from rlrc_ros.cli import bench_shape
+    from rlrc_ros.vla.config import LayerWidths
+    from tests.conftest import bundle_config
+    from tests.vla.checkpoints import architecture
+
+    def shape():
+        config = architecture(layers=8)
+        whole = dataclasses.replace(config.decoder, layers=(LayerWidths(2, 2, 1280),) * 8)
+        config = dataclasses.replace(config, decoder=whole)
+        return bundle_config(architecture=config, proprioception=None)
+
+    monkeypatch.setitem(bench_shape.SHAPES, "openvla-7b", shape)
+
+
+def test_an_architecture_with_random_weights(rlrc, small_shape, tmp_path):
+    out = tmp_path / "shape.json"
+    words = ["--shape", "openvla-7b", "--rounds", "10", "--device", "cpu", "--out", out]
+    status, printed, _ = rlrc("bench", *words, "--json")
+    assert status == 0
+    facts, raw = json.loads(printed), json.loads(out.read_text())
+    names = ["generate", "full", "pruned", "pruned-nf4", "planned", "planned-nf4"]
+    assert [row["variant"] for row in facts["variants"]] == names
+    generate, full, pruned, pruned_nf4, planned, _ = facts["variants"]
+    assert len(pruned["layers"]) == 8 and len(planned["layers"]) < 8
+    for small in (pruned, planned):
+        assert small["parameters"]["llm"] < full["parameters"]["llm"]
+    assert planned["parameters"]["llm"] <= pruned["parameters"]["llm"]
+    assert pruned_nf4["bytes"]["total"] < pruned["bytes"]["total"] < full["bytes"]["total"]
+    assert full["against_eager"]["share_of_tokens_different"] == 0.0
+    assert generate["against_generate"]["times_faster"] == 1.0
+    for row, saved in zip(facts["variants"], raw["variants"], strict=True):
+        low, high = row["against_generate"]["times_faster_ci95"]
+        assert 0 < low <= high and row["floor_ms"] > 0
+        assert len(saved["times_ms"]) == (1 if row is generate else 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name either policies with --policy or an architecture with --shape"),
+        (["--shape", "openvla-7b", "--variants", "full,tiny"], "there is no variant 'tiny'; there"),
+        (["--shape", "openvla-70b"], "invalid choice: 'openvla-70b'"),
+    ],
+)
+def test_a_shape_that_is_none(refused, words, message):
+    assert message in refused("bench", *words)

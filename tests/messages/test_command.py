@@ -8,6 +8,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.messages.command import (
     action_to_twist,
     command_arrays,
+    observed_stamps,
     policy_command,
     twist_array,
     twist_stamped,
@@ -35,6 +36,17 @@ def test_action_and_twist_are_inverse(twist, gripper, rate):
 def test_an_action_of_another_shape_is_refused(shape):
     with pytest.raises(UserError, match="an action has 7 numbers"):
         action_to_twist(np.zeros(shape), 10.0)
+
+
+@given(st.dictionaries(st.text("abc_", min_size=1), st.integers(0, 2**31 * 10**9 - 1)))
+def test_what_a_command_was_computed_from_comes_back_exactly(observed):
+    now = to_stamp(1)
+    message = policy_command(
+        np.zeros(6), 1.0, stamp=now, observation_stamp=now, frame_id="base", policy_label="A",
+        episode_id="e", step=0, observed=observed,
+    )  # fmt: skip
+    assert observed_stamps(message) == observed
+    assert observed_stamps(object()) == {}, "of a bag from before commands said it"
 
 
 @given(twist=twists, gripper=st.floats(0, 1))

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,6 +81,24 @@ def test_what_is_missing_stale_or_ahead_makes_no_observation(front, state, words
     with pytest.raises(UserError, match=re.escape(words)) as error:
         buffer(front, state).snapshot(bundle_config(), NOW)
     assert "\n" not in str(error.value)
+
+
+def test_a_clock_that_is_set_back_is_followed_and_a_late_message_is_not():
+    made = buffer(image(0.05, value=1), joints(0.0))
+    made.add("front", image(0.15, value=2))
+    made.add("front", image(0.05, value=3))
+    assert made.snapshot(bundle_config(), NOW).images["front"].data[0] == 1
+    made.add("front", image(5.0, value=4)), made.add("joint_states", joints(5.0))
+    snapshot = made.snapshot(bundle_config(), NOW - 5 * SECOND)
+    assert snapshot.images["front"].data[0] == 4
+
+
+def test_what_came_long_ago_is_old_even_where_the_clock_stands_still(monkeypatch):
+    made = buffer(image(), joints())
+    now = time.monotonic() + 0.25
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with pytest.raises(UserError, match=r"/image \('front'\) is 0\.2\d s old"):
+        made.snapshot(bundle_config(), NOW)
 
 
 def test_a_camera_that_is_not_here_is_named():

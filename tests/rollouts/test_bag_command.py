@@ -12,7 +12,7 @@ def run(capsys, *words, as_json=False):
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true")
     command.add_arguments(parser)
-    status = command.main(parser.parse_args([*map(str, words), *(["--json"] if as_json else [])]))
+    status = command.main(parser.parse_args([*(["--json"] if as_json else []), *map(str, words)]))
     return status, capsys.readouterr().out
 
 

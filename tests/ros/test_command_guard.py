@@ -1,10 +1,13 @@
+import itertools
 import math
 import signal
 import statistics
 import time
 
 import pytest
+import rclpy
 from geometry_msgs.msg import PoseStamped, TwistStamped
+from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus, PolicyCommand
 from std_msgs.msg import Bool, Float64MultiArray
 from std_srvs.srv import Trigger
@@ -14,32 +17,46 @@ from rlrc_ros.nodes.common import COMMAND_QOS, SENSOR_QOS
 
 PERIOD = 0.01
 # Braked within one period, so that when it stops is when it decided to.
-ABRUPT = {"max_linear_acceleration": 50.0, "max_angular_acceleration": 200.0}
+ABRUPT = {"max_linear_acceleration": 50.0, "max_linear_jerk": 1e5}
 
 
 class Arm:
     """The policy's end and the controller's end of a running guard."""
 
-    def __init__(self, ros, start, **parameters):
+    def __init__(self, ros, start, environment=None, **parameters):
         self.ros = ros
-        self.guard = start("command_guard_node", parameters)
-        self.twists = ros.collect(TwistStamped, "ee_command", COMMAND_QOS)
+        self.guard = start("command_guard_node", parameters, environment)
+        kind = PoseStamped if parameters.get("output") == "pose" else TwistStamped
+        self.twists = ros.collect(kind, "ee_command", COMMAND_QOS)
         self.grippers = ros.collect(Float64MultiArray, "gripper_command", COMMAND_QOS)
         self.states = ros.collect(GuardStatus, "command_guard/status")
         self.publisher = ros.publisher(PolicyCommand, "policy_command", COMMAND_QOS)
         ros.published("ee_command")
         assert ros.until(lambda: self.states)
+        self._poses = ros.node.create_publisher(PoseStamped, "ee_pose", SENSOR_QOS)
 
-    def send(self, x=0.1, label="A", episode="e1", frame="base_link", age=0.0, gripper=0.5):
-        clock = self.ros.node.get_clock()
-        now = clock.now()
-        stamp = type(now)(nanoseconds=now.nanoseconds - round(age * 1e9)).to_msg()
+    def stamp(self, age=0.0):
+        now = self.ros.node.get_clock().now()
+        return type(now)(nanoseconds=now.nanoseconds - round(age * 1e9)).to_msg()
+
+    def at(self, x, y=0.0, z=0.5):
+        """Say where the arm is, its tool pointing down."""
+        message = PoseStamped()
+        message.header.stamp, message.header.frame_id = self.stamp(), "base_link"
+        position, orientation = message.pose.position, message.pose.orientation
+        position.x, position.y, position.z = float(x), float(y), float(z)
+        orientation.x, orientation.w = 1.0, 0.0
+        self._poses.publish(message)
+
+    def send(
+        self, x=0.1, label="A", episode="e1", frame="base_link", age=0.0, gripper=0.5, seen=0.0
+    ):
         self.publisher.publish(
             policy_command(
                 [x, 0.0, 0.0, 0.0, 0.0, 0.0],
                 gripper,
-                stamp=stamp,
-                observation_stamp=stamp,
+                stamp=self.stamp(age),
+                observation_stamp=self.stamp(seen),
                 frame_id=frame,
                 policy_label=label,
                 episode_id=episode,
@@ -108,10 +125,11 @@ def test_bad_commands_are_dropped_and_counted(ros, start):
         {"frame": "camera"},
         {"age": 1.0},
         {"age": -1.0},
+        {"seen": 2.0},
     ):
         arm.send(**bad)
         ros.spin(0.05)
-    assert ros.until(lambda: arm.status.rejected_stale == 2)
+    assert ros.until(lambda: arm.status.rejected_stale == 3)
     assert arm.status.rejected_not_finite == 1 and arm.status.rejected_frame == 1
     assert arm.status.rejected_source == 3 and arm.status.accepted == 0
     assert not arm.twists and not arm.grippers
@@ -135,7 +153,7 @@ def test_a_second_publisher_cannot_take_the_arm(ros, start):
 
 def test_sigterm_brakes_and_leaves_a_stop_as_the_last_command(ros, start):
     arm = Arm(ros, start, max_linear_acceleration=1.0)
-    arm.drive(0.8, x=0.2)
+    arm.drive(1.0, x=0.2)
     assert arm.speed == pytest.approx(0.2)
     arm.twists.clear()
     arm.guard.send(signal.SIGTERM)
@@ -190,15 +208,7 @@ def test_the_stop_service_stops_until_released(ros, start):
 
 def test_the_arm_is_kept_in_its_workspace(ros, start):
     arm = Arm(ros, start, workspace_min="[-1.0, -1.0, 0.0]", workspace_max="[1.0, 1.0, 1.0]")
-    poses = ros.publisher(PoseStamped, "ee_pose", SENSOR_QOS)
-
-    def at(x):
-        message = PoseStamped()
-        message.header.stamp = ros.node.get_clock().now().to_msg()
-        message.header.frame_id = "base_link"
-        message.pose.position.x, message.pose.position.z = x, 0.5
-        poses.publish(message)
-
+    at = arm.at
     arm.drive(0.3)
     assert not arm.twists, "moved without knowing where it is"
     assert arm.drive_until(lambda: arm.twists and arm.speed > 0.19, lambda: at(0.0), x=0.2)
@@ -210,10 +220,75 @@ def test_the_arm_is_kept_in_its_workspace(ros, start):
     assert arm.speed == 0.0 and "ee_pose" in arm.status.reason
 
 
+def test_a_controller_of_poses_gets_poses_that_go_on_from_where_the_arm_is(ros, start):
+    arm = Arm(
+        ros,
+        start,
+        output="pose",
+        workspace_min="[-1.0, -1.0, 0.0]",
+        workspace_max="[1.0, 1.0, 1.0]",
+        max_tilt=0.5,
+    )
+    arm.drive(0.3)
+    assert not arm.twists, "moved without knowing where it is"
+    arm.at(0.3)
+    where = lambda: arm.twists[-1][1].pose  # noqa: E731
+    follow = lambda: arm.at(where().position.x if arm.twists else 0.3)  # noqa: E731
+    assert arm.drive_until(lambda: arm.twists and where().position.x > 0.36, follow, x=0.2)
+    xs = [m.pose.position.x for _, m in arm.twists]
+    assert 0.3 <= xs[0] < 0.31 and all(0.0 <= b - a < 0.0055 for a, b in itertools.pairwise(xs))
+    assert where().position.z == 0.5 and where().orientation.x == pytest.approx(1.0)
+    assert arm.twists[-1][1].header.frame_id == "base_link"
+    stopped = ros.call(Trigger, "command_guard/emergency_stop")
+    assert stopped.success and arm.reaches("stopped")
+    here = where().position.x
+    arm.drive(0.3, every=lambda: arm.at(here), x=0.2)
+    assert where().position.x == here
+
+
+def test_an_emergency_stop_may_be_asked_for_by_a_service(ros, start):
+    arm = Arm(ros, start, command_timeout=2.0, max_command_age=2.0)
+    assert arm.drive_until(lambda: arm.twists and arm.speed > 0.15, x=0.2)
+    assert ros.call(Trigger, "command_guard/emergency_stop").success
+    assert arm.reaches("stopped") and arm.status.reason == "emergency stop"
+    assert arm.speed == 0.0
+    ros.spin(2.2)
+    assert ros.call(Trigger, "command_guard/release").success
+
+
+def test_a_guard_that_was_frozen_goes_on_from_standstill(ros, start):
+    arm = Arm(ros, start, max_linear_acceleration=0.5, command_timeout=1.0)
+    assert arm.drive_until(lambda: arm.twists and arm.speed > 0.19, x=0.2)
+    arm.guard.send(signal.SIGSTOP)
+    ros.spin(0.7)
+    arm.twists.clear()
+    arm.guard.send(signal.SIGCONT)
+    assert ros.until(lambda: len(arm.twists) > 5)
+    # What the 0.06 s allow that count between two outputs.
+    assert all(m.twist.linear.x < 0.04 for _, m in arm.twists[:2]), "0.2 m/s from standstill"
+    assert ros.until(lambda: arm.status.stalls == 1)
+
+
+def test_the_holder_of_the_arm_and_what_is_limited_are_told(ros, start):
+    arm = Arm(ros, start)
+    assert arm.drive_until(lambda: arm.status.state == "active", x=0.9)
+    assert (arm.status.policy_label, arm.status.episode_id) == ("A", "e1")
+    assert not arm.status.dry_run
+    assert arm.status.limited_linear_speed and arm.status.limited_jerk
+    assert arm.reaches("waiting") and arm.status.episode_id == ""
+
+
 def test_a_dry_run_commands_nothing(ros, start):
     arm = Arm(ros, start, dry_run="true")
     arm.drive(0.5)
     assert arm.status.state == "active" and not arm.twists and not arm.grippers
+    assert arm.status.dry_run
+
+
+def test_the_gripper_gets_its_own_unit(ros, start):
+    arm = Arm(ros, start, gripper_command_closed=0.8, gripper_command_open=0.0)
+    arm.drive(0.3, gripper=0.25)
+    assert arm.grippers[-1][1].data[0] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +297,25 @@ def test_a_dry_run_commands_nothing(ros, start):
         ("max_linear_speed", "-1.0", "max_linear_speed (m/s, of the vector) must be a number"),
         ("rate", "100", "rate (commands to the controller, Hz) must be a number"),
         ("workspace_min", "[0.0, 0.0, 0.0]", "workspace_min and workspace_max belong together"),
+        ("output", "joints", "parameter output: 'joints' is neither twist nor pose"),
+        ("cone_axis", "[0.0, 0.0, 0.0]", "cone_axis is [0.0, 0.0, 0.0]: it must be a direction"),
     ],
 )
 def test_a_nonsense_parameter_is_refused_in_one_line(start, name, value, words):
     guard = start("command_guard_node", {name: value})
     assert guard.wait() == 2
     assert words in guard.output and len(guard.output.splitlines()) == 1
+
+
+def test_parameters_cannot_be_changed_while_it_runs(ros, start):
+    arm = Arm(ros, start)
+    for value in (5.0, math.nan, -1.0, "fast"):
+        parameter = rclpy.Parameter("max_linear_speed", value=value).to_parameter_msg()
+        name = "command_guard/set_parameters"
+        response = ros.call(SetParameters, name, parameters=[parameter])
+        assert not response.results[0].successful and response.results[0].reason
+    assert arm.drive_until(lambda: arm.twists and arm.speed > 0.24, x=2.0)
+    assert max(m.twist.linear.x for _, m in arm.twists) <= 0.25
 
 
 def test_state_changes_are_logged_once(ros, start):

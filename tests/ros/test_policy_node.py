@@ -12,12 +12,15 @@ import pytest
 import rclpy
 from action_msgs.msg import GoalStatus
 from action_msgs.srv import CancelGoal
+from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.srv import SetParameters
 from rclpy.action.client import ActionClient
 from rlrc.action import RunEpisode
 from rlrc.msg import GuardStatus, PolicyCommand, PolicyStatus
 from rlrc.srv import ListPolicies, LoadPolicy, StartRecording, StopRecording
+from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
@@ -25,7 +28,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.messages.command import command_arrays
 from rlrc_ros.messages.image import rgb_to_image
 from rlrc_ros.messages.joint_state import joint_state
-from rlrc_ros.messages.stamps import to_nanoseconds
+from rlrc_ros.messages.stamps import to_nanoseconds, to_stamp
 from rlrc_ros.nodes.common import SENSOR_QOS
 from rlrc_ros.nodes.sensors import listen
 from tests.ros.conftest import a_tester
@@ -47,6 +50,7 @@ class Robot:
         self.guard = node.create_publisher(GuardStatus, "command_guard/status", 10)
         node.create_timer(1 / 30, self._look)
         node.create_timer(1 / 50, self._feel)
+        node.create_timer(0.1, self._guarded)
         self.commands = ros.collect(PolicyCommand, "policy_command")
         self.states = ros.collect(PolicyStatus, "policy/status")
         self._action = ActionClient(node, RunEpisode, "policy/run_episode")
@@ -54,7 +58,7 @@ class Robot:
 
     def ready(self):
         """Everything has found everything."""
-        assert self.ros.until(self._action.server_is_ready)
+        assert self.ros.until(self._action.server_is_ready, 90.0)
         assert self.ros.until(lambda: self._images.get_subscription_count() > 0)
         assert self.ros.until(lambda: self._joints.get_subscription_count() > 0)
         assert self.ros.until(lambda: self.guard.get_subscription_count() > 0)
@@ -63,25 +67,30 @@ class Robot:
 
     def repair(self):
         self.seeing, self.encoding, self.names = True, "rgb8", JOINTS
+        self.size, self.guarding, self.holder = (64, 64), True, ""
+        self.frozen_at = None
         self.positions = np.linspace(-0.4, 0.4, len(JOINTS))
 
-    def _stamp(self):
+    def stamp(self):
         return self.ros.node.get_clock().now().to_msg()
 
     def _look(self):
         if self.seeing:
-            picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-            image = rgb_to_image(picture, self._stamp(), "camera")
+            picture = np.random.default_rng(0).integers(0, 255, (*self.size, 3), np.uint8)
+            image = rgb_to_image(picture, self.frozen_at or self.stamp(), "camera")
             image.encoding = self.encoding
             self._images.publish(image)
 
+    def _guarded(self):
+        if self.guarding:
+            self.guard.publish(GuardStatus(state="active", episode_id=self.holder, accepted=9))
+
     def _feel(self):
         positions = self.positions[: len(self.names)]
-        self._joints.publish(joint_state(self.names, positions, [], self._stamp()))
+        self._joints.publish(joint_state(self.names, positions, [], self.stamp()))
 
-    def send(self, instruction=INSTRUCTION, label="", seconds=20.0, record=False):
-        """Ask for an episode: its id and its goal handle."""
-        episode_id = f"episode{next(numbers)}"
+    def ask(self, instruction=INSTRUCTION, label="", seconds=20.0, record=False, episode_id=""):
+        """Ask for an episode: the goal handle's future."""
         self.feedback.clear()
         goal = RunEpisode.Goal(
             instruction=instruction,
@@ -90,7 +99,12 @@ class Robot:
             episode_id=episode_id,
             record=record,
         )
-        future = self._action.send_goal_async(goal, lambda m: self.feedback.append(m.feedback))
+        return self._action.send_goal_async(goal, lambda m: self.feedback.append(m.feedback))
+
+    def send(self, **goal):
+        """Ask for an episode: its id and its goal handle."""
+        episode_id = f"episode{next(numbers)}"
+        future = self.ask(episode_id=episode_id, **goal)
         assert self.ros.until(future.done)
         return episode_id, future.result()
 
@@ -189,6 +203,8 @@ def test_the_policies_are_listed_as_loaded(robot, bundles):
     assert listed["original"].active and not listed["compressed"].active
     assert listed["original"].parameters > listed["compressed"].parameters > 0
     assert listed["original"].weight_bytes > listed["compressed"].weight_bytes > 0
+    for info in listed.values():
+        assert 0.0 < info.inference_ms < 1e3 * info.load_seconds
 
 
 def test_an_episode_runs_until_its_time_is_up(robot):
@@ -201,6 +217,7 @@ def test_an_episode_runs_until_its_time_is_up(robot):
     *steps, stop = robot.of(episode_id)
     assert [m.step for m in steps] == list(range(result.steps))
     for message in steps:
+        assert message.period == pytest.approx(0.1)
         twist, gripper = command_arrays(message)
         assert np.isfinite(twist).all() and 0.0 <= gripper <= 1.0
         assert (message.policy_label, message.header.frame_id) == ("original", "base_link")
@@ -344,6 +361,152 @@ def test_a_stop_of_the_guards_ends_the_episode(robot):
     robot.guard.publish(GuardStatus(state="stopped", reason="emergency stop"))
     _, result = robot.result(handle)
     assert (result.termination_reason, result.message) == ("guard_stop", "emergency stop")
+    assert robot.stands(episode_id)
+
+
+def test_a_guard_that_dies_ends_the_episode_and_without_one_there_is_none(robot):
+    episode_id, handle = robot.send()
+    robot.acts(episode_id)
+    robot.guarding = False
+    _, result = robot.result(handle)
+    assert result.termination_reason == "guard_stop"
+    assert result.message.startswith("nothing has come from the command guard for ")
+    assert robot.stands(episode_id)
+    said = broken(robot, *robot.run())
+    assert said == "policy_error: no command guard is heard; start command_guard_node"
+    robot.guarding = True
+    assert robot.run(seconds=0.5)[2].termination_reason == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (GuardStatus(state="waiting", accepted=0), "the command guard has been restarted"),
+        (GuardStatus(state="active", episode_id="other", accepted=9), "'other' has the arm"),
+    ],
+)
+def test_a_guard_that_follows_others_ends_the_episode(robot, status, words):
+    episode_id, handle = robot.send()
+    robot.acts(episode_id, 13)
+    robot.guard.publish(status)
+    _, result = robot.result(handle)
+    assert (result.termination_reason, result.message) == ("guard_stop", words)
+    assert robot.stands(episode_id)
+
+
+def test_a_camera_that_changes_its_resolution_ends_the_episode(robot):
+    episode_id, handle = robot.send()
+    robot.acts(episode_id)
+    robot.size = (48, 64)
+    _, result = robot.result(handle)
+    assert result.termination_reason == "policy_error"
+    assert result.message == "observation: camera 'front' has changed from 64×64 to 64×48"
+    assert robot.stands(episode_id)
+    said = robot.ros.collect(DiagnosticArray, "/diagnostics")
+    assert robot.ros.until(lambda: said)
+    problem = f"ready; {episode_id}: policy_error {result.message}"
+    assert robot.ros.until(lambda: problem in [s.message for _, m in said for s in m.status])
+
+
+def test_a_camera_that_repeats_an_old_stamp_ends_the_episode(robot):
+    episode_id, handle = robot.send()
+    robot.acts(episode_id)
+    robot.frozen_at = robot.stamp()
+    _, result = robot.result(handle)
+    assert result.termination_reason == "observation_lost" and result.skipped_steps > 0
+    assert result.message.startswith("/shared/image ('front') is ")
+    assert robot.stands(episode_id)
+
+
+def test_joints_in_another_order_are_the_same_and_one_that_turns_nan_ends_the_episode(robot):
+    robot.names, robot.positions = JOINTS[::-1], robot.positions[::-1]
+    episode_id, handle = robot.send()
+    robot.acts(episode_id)
+    robot.positions = np.full(len(JOINTS), np.nan)
+    _, result = robot.result(handle)
+    assert result.termination_reason == "policy_error"
+    assert result.message.startswith("observation: joint state is not finite: joint1 nan")
+    assert robot.stands(episode_id)
+
+
+def test_a_flood_of_goals_disturbs_neither_the_episode_nor_the_node(robot):
+    episode_id, handle = robot.send(seconds=4.0)
+    robot.acts(episode_id)
+    futures = [robot.ask() for _ in range(1000)]
+    # DDS keeps ten requests of a service: the others are lost on the way.
+    assert robot.ros.until(lambda: any(future.done() for future in futures))
+    _, result = robot.result(handle)
+    assert result.termination_reason == "timeout" and result.steps > 10
+    assert not any(future.done() and future.result().accepted for future in futures)
+    assert robot.run(seconds=0.5)[2].termination_reason == "timeout"
+
+
+def test_a_bundle_that_changes_on_disk_does_not_change_the_policy_that_runs(
+    robot, bundles, tmp_path
+):
+    bundle = tmp_path / "changing"
+    shutil.copytree(bundles["original"].path, bundle)
+    assert robot.load("changing", str(bundle)).success
+    episode_id, handle = robot.send(label="changing")
+    robot.acts(episode_id)
+    for file in bundles["compressed"].path.iterdir():
+        shutil.copy(file, bundle)  # in place, as rsync --inplace does
+    robot.acts(episode_id, len(robot.of(episode_id)) + 5)
+    assert robot.states[-1][1].bundle_hash == bundles["original"].hash
+    assert robot.ros.call(Trigger, "policy/finish_episode").success
+    assert robot.result(handle)[1].termination_reason == "finished"
+    assert robot.policies()["changing"].bundle_hash == bundles["original"].hash
+    reloaded = robot.load("changing", str(bundle))
+    assert reloaded.success and reloaded.bundle_hash == bundles["compressed"].hash
+
+
+def test_parameters_cannot_be_set_to_nonsense_while_it_runs(robot):
+    parameters = [
+        rclpy.Parameter("device", value="toaster").to_parameter_msg(),
+        rclpy.Parameter("gripper_open", value=math.nan).to_parameter_msg(),
+        rclpy.Parameter("max_skew", value="wide").to_parameter_msg(),
+    ]
+    response = robot.ros.call(SetParameters, "policy/set_parameters", parameters=parameters)
+    assert len(response.results) == 3
+    assert not any(result.successful for result in response.results)
+    assert robot.run(seconds=0.5)[2].termination_reason == "timeout"
+
+
+class SimulatedClock:
+    """/clock of the test's own, which can stand still and jump."""
+
+    def __init__(self, ros):
+        self.now, self.runs = 1000.0, True
+        self._publisher = ros.node.create_publisher(Clock, "/clock", 10)
+        self._last = time.monotonic()
+        ros.node.create_timer(0.01, self._tick)
+
+    def _tick(self):
+        now = time.monotonic()
+        self.now += (now - self._last) * self.runs
+        self._last = now
+        self._publisher.publish(Clock(clock=to_stamp(self.now)))
+
+
+def test_simulated_time_that_jumps_is_survived_and_that_stands_still_ends_the_episode(own_robot):
+    robot = own_robot(use_sim_time="true", joint_states_max_age=1.0, cameras="['front=image,,1.0']")
+    clock = SimulatedClock(robot.ros)
+    robot.stamp = lambda: to_stamp(clock.now)
+    robot.ready()
+    for jump in (100.0, -100.0):
+        episode_id, handle = robot.send()
+        robot.acts(episode_id, 5)
+        clock.now += jump
+        robot.acts(episode_id, len(robot.of(episode_id)) + 5)
+        seen = to_nanoseconds(robot.of(episode_id)[-1].observation_stamp) * 1e-9
+        assert 0.0 <= clock.now - seen < 1.0
+        assert robot.ros.call(Trigger, "policy/finish_episode").success
+        assert robot.result(handle)[1].termination_reason == "finished"
+    episode_id, handle = robot.send()
+    robot.acts(episode_id, 5)
+    clock.runs = False
+    _, result = robot.result(handle)
+    assert result.termination_reason == "observation_lost"
     assert robot.stands(episode_id)
 
 

@@ -12,13 +12,10 @@ from rlrc.msg import GuardStatus
 
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
-from rlrc_ros.messages.command import command_arrays, twist_array
+from rlrc_ros.messages.command import twist_array
 from rlrc_ros.nodes.common import COMMAND_QOS, SENSOR_QOS
 from rlrc_ros.profile import load_profile
-from rlrc_ros.rollouts.bag import read_messages
-from rlrc_ros.rollouts.verify import verify
-from rlrc_ros.trials.records import read
-from rlrc_ros.trials.simulated import SimulatedTrial, run_trial, running_nodes
+from rlrc_ros.trials.simulated import running_nodes
 from tests.ros.conftest import a_tester
 
 
@@ -71,53 +68,6 @@ def test_the_arm_stops_when_the_policy_node_is_killed(start, bundles, profile, t
         points = [m.pose.position for _, m in poses]
         assert max(p.x for p in points) - min(p.x for p in points) < 1e-3
         assert max(p.z for p in points) - min(p.z for p in points) < 1e-3
-
-
-def test_a_trial_leaves_whole_labelled_bags_of_every_episode(
-    ros_environment, bundles, profile, tmp_path
-):
-    arms = {label: str(bundle.path) for label, bundle in bundles.items()}
-    trial = SimulatedTrial(arms=arms, pairs=1, first_seed=7, max_duration=1.5)
-    told = []
-    memory = run_trial(trial, profile, tmp_path, told.append)
-    assert set(memory) == set(arms) and memory["original"] > memory["compressed"] > 0
-    records = read(tmp_path / "episodes.jsonl")
-    assert records == told and {record.arm for record in records} == set(arms)
-    hashes = set()
-    for record in records:
-        assert (record.termination_reason, record.outcome) == ("timeout", "failure")
-        assert record.steps >= 3 and record.guard["accepted"] >= 3
-        bag = tmp_path / record.bag_uri
-        report = verify(bag)
-        assert report.ok and not report.losses, (report.problems, report.losses)
-        episode = report.episode
-        assert (episode.instruction, episode.outcome) == (record.instruction, "failure")
-        assert episode.termination_reason == "timeout"
-        assert episode.policy_label in ("A", "B"), "the arm's name would unblind the trial"
-        hashes.add(episode.bundle_hash)
-        rates = {topic.topic: topic.rate for topic in report.topics}
-        assert rates["/joint_states"] > 20 and rates["/camera/front/image_raw"] > 10
-        commands = [m for _, m, _ in read_messages(bag, ["/policy_command"])]
-        assert {m.policy_label for m in commands} == {episode.policy_label}
-        assert {m.episode_id for m in commands} == {record.episode_id}
-        assert not command_arrays(commands[-1]).twist.any(), "the last command is a stop"
-        assert episode.message_counts["/ee_command"] > 10
-    assert hashes == {bundle.hash for bundle in bundles.values()}
-    for log in (tmp_path / "logs").glob("*.log"):
-        assert "Traceback" not in log.read_text(), log
-
-
-def test_a_trial_of_a_bundle_that_is_not_there_ends_in_one_line(
-    ros_environment, bundles, profile, tmp_path
-):
-    arms = {"original": str(bundles["original"].path), "compressed": str(tmp_path / "absent")}
-    trial = SimulatedTrial(arms=arms, pairs=1, first_seed=7)
-    with pytest.raises(UserError) as error:
-        run_trial(trial, profile, tmp_path, print)
-    message = str(error.value)
-    assert message.startswith("policy_node has ended (2): ") and "\n" not in message
-    assert f"{tmp_path}/absent: no such bundle directory" in message
-    assert message.endswith(f"see {tmp_path}/logs/policy_node.log")
 
 
 def test_nodes_end_and_the_environment_is_as_before_where_one_cannot_start(

@@ -14,6 +14,12 @@ from training.sft import DemonstrationBatches
 TEXTS = ["put the red cube on the blue plate", "push the green cylinder into the red square"]
 
 
+def batches_of(demonstrations, policy):
+    made = DemonstrationBatches(policy.processor, policy.codec, torch.device("cpu"))
+    made.add(demonstrations)
+    return made
+
+
 @pytest.fixture
 def trainable():
     """trainable(layers, seed, …) → a policy that can be trained."""
@@ -51,8 +57,6 @@ def demonstrations():
 @pytest.fixture
 def batches(demonstrations):
     def make(policy):
-        return DemonstrationBatches(
-            demonstrations, policy.processor, policy.codec, torch.device("cpu")
-        )
+        return batches_of(demonstrations, policy)
 
     return make

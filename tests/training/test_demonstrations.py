@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from rlrc_ros.errors import UserError
-from training.data.demonstrations import Episode, encode_png, join, read, write_shard
+from training.data.demonstrations import (
+    Episode,
+    encode_png,
+    read,
+    read_proprioception,
+    write_shard,
+)
 
 
 def episode(steps, instruction, seed):
@@ -23,22 +29,17 @@ def test_what_is_written_reads_back_exactly(tmp_path):
     for name in ("proprioception", "actions", "grounding"):
         expected = np.concatenate([getattr(e, name) for _, e in parts])
         np.testing.assert_array_equal(getattr(data, name), expected)
+    np.testing.assert_array_equal(read_proprioception(tmp_path), data.proprioception)
     texts = [data.instructions[i] for i in data.prompts]
     assert texts == ["push it"] * 3 + ["lift it"] * 5 + ["push it"] * 2
     assert [facts["steps"] for facts in data.episodes] == [3, 5, 2]
 
 
-def test_joining_keeps_each_steps_instruction(tmp_path):
-    for i, text in enumerate(("push it", "lift it")):
-        (tmp_path / text).mkdir()
-        write_shard(tmp_path / text / "shard-00000.safetensors", [episode(2, text, i)[1]])
-    both = join([read(tmp_path / "push it"), read(tmp_path / "lift it")])
-    assert [both.instructions[i] for i in both.prompts] == ["push it"] * 2 + ["lift it"] * 2
-
-
 def test_no_demonstrations(tmp_path):
     with pytest.raises(UserError, match="no demonstrations there"):
         read(tmp_path)
+    with pytest.raises(UserError, match="no demonstrations there"):
+        read_proprioception(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [10, 500])

@@ -11,48 +11,84 @@ from tests.conftest import bundle_config, random_model
 from tests.vla.test_openvla import batch
 from training import prune
 from training.config import PruneConfig
+from training.prune import LayerCut
 
 
-def config(remove=0.8, keep_layers=3, importance="magnitude", ffn_multiple=16):
+def config(remove=0.8, keep_layers=3, importance="magnitude", ffn_multiple=16, **changes):
     return PruneConfig(
-        remove=remove, keep_layers=keep_layers, importance=importance, ffn_multiple=ffn_multiple
+        remove=remove,
+        keep_layers=keep_layers,
+        importance=importance,
+        ffn_multiple=ffn_multiple,
+        **changes,
     )
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 96)), min_size=1, max_size=3
-    ),
-    st.integers(0, 100),
-)
-def test_cutting_equals_masking(targets, seed):
-    """What is left computes what the whole does with the removed heads and channels at zero."""
-    layers = tuple((3 * group, 3, 96) for _, group, _ in targets)
-    model, masked = (random_model(bundle_config(layers), seed) for _ in range(2))
-    widths = tuple(LayerWidths(kv * group, kv, ffn) for kv, group, ffn in targets)
-    heads, channels = [], []
-    for layer, target in zip(masked.language_model.model.layers, widths, strict=True):
-        attention, mlp = layer.self_attn, layer.mlp
-        groups = sum(
-            module.weight.abs().reshape(3, -1).sum(1)
-            for module in (attention.q_proj, attention.k_proj, attention.v_proj)
-        ) + attention.o_proj.weight.abs().T.reshape(3, -1).sum(1)
-        heads.append(groups.argsort()[: 3 - target.kv_heads])
-        sums = mlp.gate_proj.weight.abs().sum(1) + mlp.up_proj.weight.abs().sum(1)
-        channels.append((sums + mlp.down_proj.weight.abs().sum(0)).argsort()[: 96 - target.ffn])
+def planned(granularity="both", importance="magnitude", **changes):
+    changes = changes or {"remove_of_llm": 0.3}
+    return PruneConfig(
+        granularity=granularity,
+        importance=importance,
+        ffn_multiple=16,
+        calibration_samples=32,
+        calibration_batch=16,
+        **changes,
+    )
+
+
+KV, FFN = 3, 96
+
+
+@st.composite
+def layer_cuts(draw, per_group):
+    """What may go from a layer of 3 key-value heads, `per_group` queries each, and 96 channels."""
+    channels = draw(st.sets(st.integers(0, FFN - 1), max_size=FFN - 1))
+    groups = draw(st.sets(st.integers(0, KV - 1), max_size=KV - 1))
+    heads = []
+    if not groups:
+        fewer = draw(st.integers(0, per_group - 1))
+        for group in range(KV):
+            inside = draw(st.permutations(range(per_group)))[:fewer]
+            heads += [group * per_group + i for i in inside]
+    return LayerCut(tuple(sorted(groups)), tuple(sorted(heads)), tuple(sorted(channels)))
+
+
+@st.composite
+def plans(draw):
+    """(query heads per group, layers that stay, their cuts) of a decoder of 3 layers."""
+    per_group = draw(st.integers(1, 3))
+    layers = draw(st.sets(st.integers(0, 2), min_size=1))
+    return per_group, sorted(layers), [draw(layer_cuts(per_group)) for _ in layers]
+
+
+@settings(max_examples=25, deadline=None)
+@given(plans(), st.integers(0, 100))
+def test_cutting_equals_masking(plan, seed):
+    """What is left computes what the whole does with all that was removed at zero."""
+    per_group, layers, cuts = plan
+    whole = bundle_config(((KV * per_group, KV, FFN),) * 3)
+    model, masked = (random_model(whole, seed) for _ in range(2))
     with torch.no_grad():
-        for layer, head, channel in zip(
-            masked.language_model.model.layers, heads, channels, strict=True
-        ):
-            layer.self_attn.o_proj.weight.view(64, 3, -1)[:, head] = 0
-            layer.mlp.down_proj.weight[:, channel] = 0
-    prune._cut(model, widths, "magnitude")
-    assert layer_widths(model.language_model) == widths
+        for index, layer in enumerate(masked.language_model.model.layers):
+            heads = layer.self_attn.o_proj.weight.view(64, KV * per_group, 32)
+            if index not in layers:
+                heads.zero_()
+                layer.mlp.down_proj.weight.zero_()
+                continue
+            chosen = cuts[layers.index(index)]
+            heads.view(64, KV, -1)[:, list(chosen.groups)] = 0
+            heads[:, list(chosen.heads)] = 0
+            layer.mlp.down_proj.weight[:, list(chosen.channels)] = 0
+    prune.cut(model, layers, cuts)
+    for width, chosen in zip(layer_widths(model.language_model), cuts, strict=True):
+        kv, gone = KV - len(chosen.groups), len(chosen.heads)
+        assert width == LayerWidths(kv * per_group - gone, kv, FFN - len(chosen.channels))
+    assert model.config.decoder.layers == layer_widths(model.language_model)
     with torch.no_grad():
         torch.testing.assert_close(
             model.state(batch()), masked.state(batch()), atol=1e-4, rtol=1e-4
         )
+        assert torch.equal(model.generate(batch())[0], masked.generate(batch())[0])
 
 
 def test_torch_pruning_couples_heads_as_we_do():
@@ -70,7 +106,18 @@ def test_torch_pruning_couples_heads_as_we_do():
     assert coupled == {*rows, (attention.o_proj, "prune_in_channels")}
 
 
-@pytest.mark.parametrize("importance", ["taylor", "magnitude", "random"])
+def test_a_cut_that_leaves_grouped_heads_is_caught(monkeypatch, trainable, batches):
+    """As torch-pruning's own pruner does with grouped queries: it removes nothing and says so not.
+
+    Here nothing at all is cut from attention, whatever is asked.
+    """
+    monkeypatch.setattr(prune, "_cut_heads", lambda attention, chosen: None)
+    policy = trainable(((4, 2, 128),) * 5)
+    with pytest.raises(UserError, match=r"torch-pruning left layer 0 .*heads=4.* not .*heads=2"):
+        prune.prune(policy.model, batches(policy), config())
+
+
+@pytest.mark.parametrize("importance", ["taylor", "magnitude", "activation", "random"])
 @pytest.mark.parametrize("layers", [((4, 4, 128),) * 5, ((4, 2, 128),) * 5], ids=["mha", "gqa"])
 def test_at_least_the_asked_share_goes_and_the_policy_still_runs(
     trainable, batches, importance, layers
@@ -88,6 +135,36 @@ def test_at_least_the_asked_share_goes_and_the_policy_still_runs(
     bins, _, _ = policy.model.generate(batch())
     logits, _ = policy.model(batch(), bins)
     logits.sum().backward()
+    assert all(parameter.requires_grad for parameter in policy.model.parameters())
+
+
+@pytest.mark.parametrize("granularity", ["width", "depth", "both"])
+@pytest.mark.parametrize("importance", ["taylor", "activation"])
+@pytest.mark.parametrize(
+    ("layers", "attention"), [((4, 4, 128), None), ((4, 2, 128), None), ((4, 1, 128), "heads")]
+)
+def test_planned_pruning_meets_its_target_and_the_ends_stay_whole(
+    trainable, batches, granularity, importance, layers, attention
+):
+    policy = trainable((layers,) * 5)
+    llm = sum(p.numel() for p in policy.model.language_model.parameters())
+    ends = [policy.model.language_model.model.layers[i].mlp.down_proj.weight for i in (0, 4)]
+    asked = planned(granularity, importance, attention=attention, remove_of_llm=0.3)
+    chosen = prune.prune(policy.model, batches(policy), asked)
+    left = sum(p.numel() for p in policy.model.language_model.parameters())
+    # A dropped layer takes its norms along, which the share does not count as removed.
+    norms = 2 * 64 * (5 - len(chosen.layers))
+    assert 1 - (left + norms) / llm == pytest.approx(chosen.removed_of_llm)
+    assert 1 - left / llm >= 0.3
+    now = policy.model.language_model.model.layers
+    assert now[0].mlp.down_proj.weight is ends[0] and now[-1].mlp.down_proj.weight is ends[1]
+    if granularity == "width":
+        assert len(now) == 5
+    if granularity == "depth":
+        assert set(chosen.widths) == {LayerWidths(*layers)}
+    if attention == "heads":
+        assert {width.kv_heads for width in chosen.widths} == {1}
+    policy.model.generate(batch())
 
 
 def test_taylor_keeps_what_the_loss_depends_on(trainable, batches):
@@ -102,31 +179,22 @@ def test_taylor_keeps_what_the_loss_depends_on(trainable, batches):
     ).all()
 
 
-def test_a_share_that_cannot_be_removed_says_what_can():
-    architecture = bundle_config(((4, 4, 128),) * 5).architecture
-    with pytest.raises(UserError, match=r"99.0% .* cannot be removed .* at most 88.2% can"):
-        prune.plan(config(remove=0.99), architecture, [1.0] * 5)
+def test_every_way_of_counting_is_reported(trainable, batches):
+    policy = trainable(((4, 4, 128),) * 5)
+    asked = planned("width", remove_of_llm=0.2)
+    facts = prune.run(asked, policy, batches(policy), seed=0)
+    inside, layers, llm = (
+        facts[f"removed_of_{name}"] for name in ("unprotected_layers", "layers", "llm")
+    )
+    assert inside > layers > llm >= 0.2
+    assert layers == pytest.approx(inside * 3 / 5)
+    assert "max_bytes" not in facts and "keep_layers" not in facts
 
 
-def test_more_layers_than_there_are():
-    with pytest.raises(UserError, match="keep_layers is 9, and the policy has 5"):
-        prune.plan(config(keep_layers=9), bundle_config(((4, 4, 128),) * 5).architecture, [1.0] * 5)
-
-
-def test_the_most_important_inner_layers_stay():
-    architecture = bundle_config(((4, 4, 128),) * 5).architecture
-    assert prune.plan(config(), architecture, [0, 1, 3, 2, 0]).layers == (0, 2, 4)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.floats(0.3, 0.97), st.integers(2, 5))
-def test_plans_meet_their_share_or_say_that_they_cannot(remove, keep):
-    architecture = bundle_config(((4, 2, 128),) * 5).architecture
-    try:
-        plan = prune.plan(config(remove, keep), architecture, [1.0] * 5)
-    except UserError as error:
-        assert "cannot be removed" in str(error)
-        return
-    assert plan.removed >= remove - 1e-9
-    for widths in plan.widths:
-        assert widths.ffn % 16 == 0 and widths.heads == 2 * widths.kv_heads
+def test_facts_of_pruning_as_it_was_before_there_were_plans(trainable, batches):
+    policy = trainable(((4, 4, 128),) * 5)
+    facts = prune.run(config(), policy, batches(policy), seed=0)
+    assert list(facts) == [
+        *("seed", "remove", "keep_layers", "importance", "ffn_multiple", "calibration_samples"),
+        *("layers_kept", "removed_of_layers", "removed_of_llm"),
+    ]

@@ -7,6 +7,7 @@ import torch
 
 from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla.processor import word_tokenizer
+from tests.training.conftest import batches_of
 from training import rl
 from training.config import RlConfig
 from training.rl import RecoveryPPO, TokenPolicy
@@ -44,7 +45,8 @@ def data(demonstrations):
 
 
 def run(config, trainable, data, work, seed=0):
-    facts = rl.run(config, trainable, data, seed=seed, device=CPU, work=work, latency=(0.0, 0.0))
+    batches = batches_of(data, trainable)
+    facts = rl.run(config, trainable, batches, seed=seed, device=CPU, work=work, latency=(0.0, 0.0))
     with (work / "log.csv").open() as file:
         return facts, list(csv.DictReader(file))
 
@@ -93,10 +95,10 @@ def test_without_its_coefficient_the_bc_loss_changes_nothing(policy, data, tmp_p
 
 
 def test_a_large_bc_coefficient_follows_the_demonstrations(policy, data, tmp_path):
-    from training.sft import DemonstrationBatches, bc_loss
+    from training.sft import bc_loss
 
     trainable = policy()
-    batches = DemonstrationBatches(data, trainable.processor, trainable.codec, CPU)
+    batches = batches_of(data, trainable)
     torch.manual_seed(0)
     before = bc_loss(trainable.model, batches.sample(60)).item()
     heavy = dataclasses.replace(CONFIG, bc_coefficient=100.0, bc_batch=32, epochs=4, updates=4)

@@ -1,10 +1,20 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from training.config import CorrectionsConfig, SftConfig
-from training.sft import GroundingHead, Trainer, bc_loss, schedule, sft_losses, shifted
+from training.data.demonstrations import Episode, encode_png, write_shard
+from training.sft import (
+    DemonstrationBatches,
+    GroundingHead,
+    Trainer,
+    bc_loss,
+    schedule,
+    sft_losses,
+    shifted,
+)
 
 CPU = torch.device("cpu")
 CONFIG = SftConfig(
@@ -69,11 +79,10 @@ def test_corrections_are_collected_once_with_the_averaged_policy(trainable, batc
     policy = trainable()
     seen = []
 
-    def rebuild(number, model):
+    def correct(number, model):
         seen.append((number, model.training, model.projector.fc1.weight.clone()))
-        return batches(policy)
 
-    Trainer(policy.model, batches(policy), config, CPU, tmp_path, rebuild).run()
+    Trainer(policy.model, batches(policy), config, CPU, tmp_path, correct).run()
     ((number, training, weight),) = seen
     assert number == 0 and not training
     assert not torch.equal(weight, policy.model.projector.fc1.weight)
@@ -127,3 +136,27 @@ def test_only_the_pixels_are_augmented(trainable, batches):
     assert torch.equal(plain.bins, augmented.bins)
     assert torch.equal(plain.inputs.proprioception, augmented.inputs.proprioception)
     assert not torch.equal(plain.inputs.pixel_values, augmented.inputs.pixel_values)
+
+
+def test_joined_steps_keep_their_images_and_instructions(trainable, tmp_path):
+    policy = trainable()
+    batches = DemonstrationBatches(policy.processor, policy.codec, CPU)
+    texts = ("push the red cube", "put the red cube on the blue plate")
+    for i, text in enumerate(texts):
+        frames = np.full((2, 64, 64, 3), 100 * i, np.uint8)
+        numbers = [np.full((2, n), float(i), np.float32) for n in (8, 7, 4)]
+        (tmp_path / text).mkdir()
+        episode = Episode([encode_png(frame) for frame in frames], *numbers, {"instruction": text})
+        write_shard(tmp_path / text / "shard-00000.safetensors", [episode])
+        for _ in range(2):  # the second time it is there already
+            batches.take(tmp_path / text)
+        assert batches.grounding_size == 4
+    batch = batches.sample(64)
+    second = batch.grounding[:, 0] == 1
+    assert 0 < second.sum() < 64
+    for rows, text, brightness in zip((~second, second), texts, (0, 100), strict=True):
+        ids = policy.processor.token_ids(text)
+        assert (batch.inputs.input_ids[rows, : len(ids)] == torch.tensor(ids)).all()
+        assert (batch.inputs.attention_mask[rows].sum(1) == len(ids)).all()
+        shown = policy.processor.pixel_values(np.full((1, 64, 64, 3), brightness, np.uint8))
+        assert (batch.inputs.pixel_values[rows] == shown).all()

@@ -11,7 +11,7 @@ import pytest
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.trials.frames import EpisodeFrames, FrameStrip, jpeg_uri
-from rlrc_ros.trials.report import write_report
+from rlrc_ros.trials.report import Report, write_report
 from rlrc_ros.trials.summary import summarise
 from rlrc_ros.trials.verdict import verdict
 from tests.trials.example import ARMS, STAGES, policies, record, strip, trial
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 def report(tmp_path, records, arms=ARMS, **options):
     path = tmp_path / "report.html"
     options = {"title": "A trial", "policies": policies(), **options}
-    write_report(path, summary=summarise(records, arms), records=records, **options)
+    write_report(path, Report(summary=summarise(records, arms), records=records, **options))
     return Page(path.read_text(encoding="utf-8"))
 
 

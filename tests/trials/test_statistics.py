@@ -2,15 +2,17 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest, multinomial, norm
+from scipy.stats import barnard_exact, binom, binomtest, multinomial, norm
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.trials.statistics import (
+    barnard,
     clopper_pearson,
     fewest_pairs,
+    holm,
     mcnemar_exact,
     noninferiority,
     paired_difference,
@@ -282,3 +284,69 @@ def test_fewest_pairs_are_just_enough_when_every_pair_ends_alike(margin, alpha):
 
 def test_fewest_pairs_at_three_points():
     assert fewest_pairs(0.03) == 125
+
+
+# Barnard
+
+
+def test_barnard_gives_published_values():
+    # Mehta and Senchaudhuri (2003), Conditional versus unconditional exact tests for comparing two
+    # binomials: 7 of 15 vaccinated and 12 of 15 others infected, one-sided 0.0340.
+    assert barnard(7, 15, 12, 15) == pytest.approx(2 * 0.0340, abs=2e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9))
+def test_barnard_laws(a, b, more_a, more_b):
+    n_a, n_b = a + more_a, b + more_b
+    p = barnard(a, n_a, b, n_b)
+    assert 0 <= p <= 1
+    # What scipy finds is never more, as it may miss the greatest maximum.
+    table = [[a, b], [more_a, more_b]]
+    expected = barnard_exact(table).pvalue if 0 < a + b < n_a + n_b else 1.0
+    assert p > expected - 1e-3
+    assert p == pytest.approx(barnard(b, n_b, a, n_a), abs=1e-6)
+    assert p == pytest.approx(barnard(more_a, n_a, more_b, n_b), abs=1e-6)
+
+
+@pytest.mark.parametrize("table", [(3, 8, 6, 8), (0, 10, 4, 9), (12, 20, 5, 20), (9, 10, 30, 60)])
+def test_barnard_is_scipys_where_that_finds_the_maximum(table):
+    a, n_a, b, n_b = table
+    expected = barnard_exact([[a, b], [n_a - a, n_b - b]], n=512).pvalue
+    assert barnard(*table) == pytest.approx(expected, abs=1e-3)
+
+
+def test_barnard_keeps_its_level_summed_over_every_outcome():
+    n, rates = 9, np.linspace(0.05, 0.95, 19)
+    p = np.array([[barnard(a, n, b, n) for b in range(n + 1)] for a in range(n + 1)])
+    for rate in rates:
+        weights = binom.pmf(np.arange(n + 1), n, rate)
+        assert (np.outer(weights, weights) * (p <= 0.05)).sum() <= 0.05 + 1e-6
+
+
+def test_barnard_of_nothing_or_no_contrast_is_one():
+    assert barnard(0, 0, 3, 5) == 1.0
+    assert barnard(0, 4, 0, 5) == barnard(4, 4, 5, 5) == pytest.approx(1.0)
+    with pytest.raises(UserError, match="more successes than tries"):
+        barnard(6, 5, 1, 5)
+
+
+# Holm
+
+
+def test_holm_gives_what_the_paper_says():
+    # Wright (1992), Biometrics 48, 1005–1013, as R's p.adjust has it.
+    p = {"a": 0.01, "b": 0.02, "c": 0.03, "d": 0.04, "e": 0.05}
+    assert holm(p) == pytest.approx({"a": 0.05, "b": 0.08, "c": 0.09, "d": 0.09, "e": 0.09})
+    assert holm({}) == {}
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_laws(values):
+    p = {str(i): value for i, value in enumerate(values)}
+    adjusted = holm(p)
+    assert list(adjusted) == list(p)
+    for name, value in p.items():
+        assert value <= adjusted[name] <= min(1.0, len(p) * value)
+    ranked = sorted(p, key=p.__getitem__)
+    assert sorted(adjusted[name] for name in ranked) == [adjusted[name] for name in ranked]

@@ -160,7 +160,7 @@ def test_every_trial_has_a_summary_a_sentence_a_table_and_json(outcomes):
     ("arms", "options", "says"),
     [
         (("original", "original"), {}, "two different"),
-        (("original", "pruned"), {}, "compressed"),
+        (("first", "pruned"), {}, "neither an arm first nor pruned"),
         (ARMS, {"margin": 3.0}, "margin"),
         (ARMS, {"alpha": 0.0}, "alpha"),
     ],

@@ -1,10 +1,99 @@
+from dataclasses import replace
+
+import pytest
 import torch
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.vla import quantization
-from rlrc_ros.vla.bundle import open_bundle
-from rlrc_ros.vla.policy import load_model
-from tests.conftest import NF4, bundle_config, random_model
+from rlrc_ros.vla.bundle import open_bundle, provenance, write_bundle
+from rlrc_ros.vla.config import QuantizationConfig
+from rlrc_ros.vla.engine import EagerEngine, UnrolledEngine
+from rlrc_ros.vla.policy import load_model, parameter_counts
+from rlrc_ros.vla.processor import word_tokenizer
+from tests.conftest import NF4, WORDS, bundle_config, random_model
 from tests.vla.test_openvla import batch
+
+EVERYTHING = ("llm", "vision", "projector")
+INT8 = QuantizationConfig(method="bitsandbytes-int8", parts=EVERYTHING)
+
+
+def written(path, config, **changes):
+    """A policy quantized in memory, and the same in a bundle."""
+    whole = bundle_config(quantization=config, **changes)
+    model = random_model(whole)
+    quantization.quantize(model, config)
+    tensors, words = quantization.stored(model), word_tokenizer(WORDS)
+    bundle = write_bundle(path, whole, tensors, words, provenance(None, "original"))
+    return model, bundle
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes-nf4", "bitsandbytes-int8"])
+@pytest.mark.parametrize("parts", [("llm",), ("vision",), ("projector",), EVERYTHING])
+def test_any_parts_load_bit_for_bit_and_no_others_are_quantized(tmp_path, method, parts):
+    config = QuantizationConfig(method=method, parts=parts)
+    model, bundle = written(tmp_path / "bundle", config)
+    loaded, inputs = load_model(open_bundle(bundle.path)), batch()
+    with torch.no_grad():
+        assert torch.equal(loaded.state(inputs), model.state(inputs))
+        assert torch.equal(loaded.generate(inputs)[0], model.generate(inputs)[0])
+    for name, part in loaded.parts.items():
+        found = any(quantization.is_quantized(module) for module in part.modules())
+        assert found == (name in parts)
+    assert parameter_counts(loaded) == parameter_counts(random_model(bundle_config()))
+
+
+def test_int8_is_a_quarter_of_the_bytes_and_close(tmp_path):
+    model, _ = written(tmp_path / "bundle", INT8, layers=((2, 2, 256),) * 3)
+    original = random_model(bundle_config(((2, 2, 256),) * 3))
+    ours, whole = (m.language_model.model.layers[1].mlp.up_proj for m in (model, original))
+    assert quantization.weight_bytes(ours) < 0.27 * quantization.weight_bytes(whole)
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        found, expected = ours(x), whole(x)
+        assert found.shape == expected.shape
+        assert (found - expected).norm() / expected.norm() < 0.02
+        # The arithmetic that GPUs use, on this processor.
+        quantized, scales, _ = quantization.bitsandbytes().functional.int8_vectorwise_quant(
+            x.reshape(-1, 64).half()
+        )
+        other = torch.ops.bitsandbytes.int8_scaled_mm.default(
+            quantized, ours.weight, scales, ours.SCB, bias=None, dtype=torch.float32
+        )
+    assert (other.view_as(expected) - expected).norm() / expected.norm() < 0.02
+
+
+def test_int8_runs_fused_and_eager_alike_and_tells_what_it_holds(tmp_path):
+    _, bundle = written(tmp_path / "bundle", INT8)
+    one = batch()[:1]
+    one.attention_mask = None
+    eager, unrolled = EagerEngine(load_model(bundle)), UnrolledEngine(load_model(bundle))
+    assert torch.equal(eager.bins(one), unrolled.bins(one))
+    # Beside the weights as they are stored, the form in which this processor multiplies them.
+    assert (
+        unrolled.weight_bytes()["llm"]
+        < 0.5 * EagerEngine(random_model(bundle_config())).weight_bytes()["llm"]
+    )
+
+
+def test_a_bias_and_other_dtypes(tmp_path):
+    model, _ = written(tmp_path / "bundle", INT8)
+    layer, whole = model.projector.fc1, random_model(bundle_config()).projector.fc1
+    assert layer.bias is not None
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        assert (layer(x) - whole(x)).norm() / whole(x).norm() < 0.02
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_bundle_that_lacks_its_scales_is_refused(tmp_path):
+    model, bundle = written(tmp_path / "bundle", INT8)
+    tensors = quantization.stored(model)
+    del tensors["projector.fc1.weight.SCB"]
+    config = replace(bundle.config)
+    write_bundle(tmp_path / "bad", config, tensors, word_tokenizer(WORDS), {})
+    with pytest.raises(UserError, match=r"projector\.fc1 is int8, and .* no such weights"):
+        load_model(open_bundle(tmp_path / "bad"))
 
 
 def test_what_is_stored_loads_bit_for_bit(make_bundle):

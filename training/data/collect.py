@@ -20,11 +20,14 @@ from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
 from training.common import cpu_count, parallel_map
 from training.config import CorrectionsConfig, DemonstrationsConfig, load_config
-from training.data.demonstrations import Episode, encode_png, write_shard
+from training.data.demonstrations import (
+    EPISODES_PER_SHARD,
+    Episode,
+    encode_png,
+    write_shard,
+)
 from training.envs.vector import make_vector
 from training.rollout import Actor, roll
-
-EPISODES_PER_SHARD = 32
 
 
 def collect_demonstrations(

@@ -22,6 +22,8 @@ from safetensors.numpy import save_file
 
 from rlrc_ros.errors import UserError
 
+EPISODES_PER_SHARD = 32
+
 
 @dataclass
 class Episode:
@@ -96,9 +98,7 @@ def read(directory: Path) -> Demonstrations:
     Raises:
         UserError: there is none, or one is damaged.
     """
-    paths = sorted(directory.glob("shard-*.safetensors"))
-    if not paths:
-        raise UserError(f"{directory}: no demonstrations there (shard-*.safetensors)")
+    paths = _shards(directory)
     with ThreadPoolExecutor() as pool:
         shards = list(pool.map(_read_shard, paths))
         # Into one array at once: there is not always room for the images twice.
@@ -120,24 +120,20 @@ def read(directory: Path) -> Demonstrations:
     )
 
 
-def join(parts: Sequence[Demonstrations]) -> Demonstrations:
-    """Several sets of demonstrations as one."""
-    if len(parts) == 1:
-        return parts[0]
-    instructions = sorted({text for part in parts for text in part.instructions})
-    numbers = {text: i for i, text in enumerate(instructions)}
-    prompts = [
-        np.array([numbers[text] for text in part.instructions])[part.prompts] for part in parts
-    ]
-    return Demonstrations(
-        images=np.concatenate([part.images for part in parts]),
-        proprioception=np.concatenate([part.proprioception for part in parts]),
-        actions=np.concatenate([part.actions for part in parts]),
-        grounding=np.concatenate([part.grounding for part in parts]),
-        prompts=np.concatenate(prompts),
-        instructions=instructions,
-        episodes=[facts for part in parts for facts in part.episodes],
-    )
+def read_proprioception(directory: Path) -> NDArray[np.float32]:
+    """(N, P) of every step in a directory, without its images.
+
+    Raises:
+        UserError: there is none, or one is damaged.
+    """
+    return np.concatenate([_read_shard(path).proprioception for path in _shards(directory)])
+
+
+def _shards(directory: Path) -> list[Path]:
+    paths = sorted(directory.glob("shard-*.safetensors"))
+    if not paths:
+        raise UserError(f"{directory}: no demonstrations there (shard-*.safetensors)")
+    return paths
 
 
 class _Shard(NamedTuple):

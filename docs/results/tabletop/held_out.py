@@ -21,7 +21,8 @@ CONFIG = SftConfig(steps=1, batch_size=1, learning_rate=1.0, warmup_steps=0, lab
 data = read(Path(sys.argv[1]))
 for name in sys.argv[2:]:
     policy = load_trainable(name, CPU)
-    batches = DemonstrationBatches(data, policy.processor, policy.codec, CPU)
+    batches = DemonstrationBatches(policy.processor, policy.codec, CPU)
+    batches.add(data)
     torch.manual_seed(5)
     batch = batches.sample(768)
     head = GroundingHead(policy.model.config.decoder.hidden_size, batches.grounding_size)

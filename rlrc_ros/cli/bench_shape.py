@@ -1,0 +1,441 @@
+"""What `rlrc bench --shape` measures: full-size architectures with random weights.
+
+Latency and memory hang on the architecture, not on what was learnt, so this needs no checkpoint.
+Every variant is measured against Hugging Face `generate` of the full model, which is what people
+run, in one process and interleaved.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlrc_ros.cli.bench import percentiles, ratio_interval
+from rlrc_ros.errors import UserError
+from rlrc_ros.vla import matrices
+from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.config import (
+    ActionCodecConfig,
+    ArchitectureConfig,
+    BundleConfig,
+    CameraConfig,
+    DecoderConfig,
+    LayerWidths,
+    TowerConfig,
+)
+from rlrc_ros.vla.engine import EagerEngine
+from rlrc_ros.vla.graph_engine import GraphEngine
+from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.openvla_checkpoint import CAMERA, CONTROL_RATE, PROMPT_SUFFIX, TEMPLATE
+from rlrc_ros.vla.policy import build_model, parameter_counts
+from rlrc_ros.vla.processor import Processor
+
+if TYPE_CHECKING:
+    from rlrc_ros.vla.engine import Engine
+
+PROMPT = 20
+"""Tokens: OpenVLA's template around an instruction of five words."""
+IMAGES = 8
+REFERENCE_EVERY = 8
+"""In one round of so many the reference acts too: it takes as long as all others together."""
+WARM_UP_ROUNDS = 3
+COMPARED = 10
+"""Actions that the engine's tokens are compared with eager's in."""
+
+
+def openvla_7b() -> BundleConfig:
+    """The sizes of `openvla/openvla-7b`."""
+    half = (0.5, 0.5, 0.5)
+    sizes: dict[str, Any] = {"patch": 14, "image_size": 224, "mean": half, "std": half}
+    towers = (
+        TowerConfig(kind="dinov2", width=1024, depth=24, heads=16, ffn=4096, **sizes),
+        TowerConfig(kind="siglip", width=1152, depth=27, heads=16, ffn=4304, **sizes),
+    )
+    decoder = DecoderConfig(
+        vocab_size=32064,
+        hidden_size=4096,
+        head_dim=128,
+        layers=(LayerWidths(32, 32, 11008),) * 32,
+        pad_to_multiple_of=64,
+        pad_token_id=32000,
+    )
+    return BundleConfig(
+        architecture=ArchitectureConfig(towers=towers, decoder=decoder),
+        action_codec=ActionCodecConfig(q01=(-1.0,) * 7, q99=(1.0,) * 7, mask=(True,) * 7),
+        cameras=(CameraConfig(name=CAMERA, height=224, width=224),),
+        proprioception=None,
+        control_rate=CONTROL_RATE,
+        instruction_template=TEMPLATE,
+        prompt_suffix_token=PROMPT_SUFFIX,
+        dtype="bfloat16",
+    )
+
+
+SHAPES: dict[str, Callable[[], BundleConfig]] = {"openvla-7b": openvla_7b}
+VARIANTS = ("full", "pruned", "pruned-nf4", "planned", "planned-nf4")
+"""`pruned`: 90% of each layer but the first and the last; `planned`: no more bytes than that in as
+few layers as they fill; `-nf4`: every linear layer of towers, projector and decoder in 4 bits."""
+
+
+def layers_of(variant: str, full: tuple[LayerWidths, ...], decoder: DecoderConfig) -> Any:
+    """The widths of a variant's layers."""
+    kind, whole = variant.partition("-")[0], full[0]
+    if kind == "full":
+        return full
+    inner = _share(whole, 0.1)
+    pruned = (full[0], *(inner,) * (len(full) - 2), full[-1])
+    if kind == "pruned":
+        return pruned
+    budget = sum(_parameters(widths, decoder) for widths in pruned)
+    fewest = max(3, -(-budget // _parameters(whole, decoder)))
+    for share in np.linspace(1.0, 0.0, 65)[:-1]:
+        planned = (full[0], *(_share(whole, float(share)),) * (fewest - 2), full[-1])
+        if sum(_parameters(widths, decoder) for widths in planned) <= budget:
+            return planned
+    raise UserError(f"'{variant}': this shape has too few layers to plan")
+
+
+def _share(widths: LayerWidths, share: float) -> LayerWidths:
+    """That share of a layer, at least one group; feed-forward widths are multiples of 64."""
+    groups = max(1, int(widths.kv_heads * share))
+    heads = groups * (widths.heads // widths.kv_heads)
+    return LayerWidths(heads, groups, max(64, int(widths.ffn * share) // 64 * 64))
+
+
+def _parameters(widths: LayerWidths, decoder: DecoderConfig) -> int:
+    attention = (2 * widths.heads + 2 * widths.kv_heads) * decoder.head_dim
+    return decoder.hidden_size * (attention + 3 * widths.ffn)
+
+
+def random_model(config: BundleConfig, device: torch.device, dtype: torch.dtype) -> OpenVLA:
+    """The module tree with random weights made on the device; the same for the same sizes."""
+    with torch.device("meta"):
+        model = build_model(config)
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, meta in model.state_dict().items():
+        if meta.ndim > 1:
+            tensor = torch.empty(meta.shape, device=device, dtype=dtype)
+            tensors[name] = tensor.normal_(0, 0.02, generator=generator)
+        else:
+            filled = 0.0 if name.endswith("bias") else 1.0
+            tensors[name] = torch.full(meta.shape, filled, device=device, dtype=dtype)
+    model.load_state_dict(tensors, assign=True)
+    model.rebuild_buffers()
+    return model.to(device).eval()
+
+
+class Generate:
+    """Hugging Face's own decoding over the whole vocabulary, as upstream's `predict_action`."""
+
+    name = "generate"
+    takes_bytes = False
+
+    def __init__(self, model: OpenVLA) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def bins(self, inputs: Inputs) -> Tensor:
+        """Action bins, (1, action_tokens); tokens that are no action's are clipped into range."""
+        model = self.model
+        embeds, _ = model.embed(inputs)
+        language_model: Any = model.language_model
+        tokens = language_model.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            max_new_tokens=model.action_tokens,
+            min_new_tokens=model.action_tokens,
+            do_sample=False,
+        )
+        return (tokens[:, -model.action_tokens :] - model.first_action_id).clamp(
+            0, model.n_bins - 1
+        )
+
+
+@dataclass
+class Contestant:
+    """One variant, ready to act.
+
+    Attributes:
+        name: of the variant.
+        engine: that runs it.
+        config: its architecture.
+        dtype: of what is not quantized.
+        facts: what was found out while building it.
+        times_ms: of one action each, a value a round.
+    """
+
+    name: str
+    engine: Engine | Generate
+    config: BundleConfig
+    dtype: torch.dtype
+    facts: dict[str, Any]
+    times_ms: list[float] = field(default_factory=list)
+
+
+def measure(
+    shape: str,
+    variants: list[str],
+    rounds: int,
+    device: torch.device,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Build and measure.
+
+    Args:
+        shape: of `SHAPES`.
+        variants: of `VARIANTS`.
+        rounds: how often each variant acts.
+        device: where.
+        save: is given what is known, whenever there is more.
+
+    Returns:
+        `device_rates`, and of each variant sizes, times, ratios to the reference, and the floor.
+    """
+    config = SHAPES[shape]()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rng = np.random.default_rng(0)
+    size = config.architecture.towers[0].image_size
+    images = rng.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
+    facts: dict[str, Any] = {"shape": shape, "dtype": str(dtype), "rounds": rounds}
+    facts |= {"device_rates": device_rates(device, dtype), "variants": []}
+    save(facts)
+    reference = _build("generate", config, device, dtype, images)
+    contestants = [reference]
+    for name in variants:
+        decoder = config.architecture.decoder
+        layers = layers_of(name, decoder.layers, decoder)
+        architecture = replace(config.architecture, decoder=replace(decoder, layers=layers))
+        try:
+            variant = _build(
+                name, replace(config, architecture=architecture), device, dtype, images
+            )
+        except torch.OutOfMemoryError as error:
+            line = str(error).splitlines()[0]
+            facts.setdefault("failed", {})[name] = line
+            _say(f"{name}: {line}")
+            continue
+        if name == "full":
+            variant.facts["against_eager"] = _compare(reference, variant, images)
+        contestants.append(variant)
+        save(facts | {"variants": [c.facts for c in contestants]})
+    order = random.Random(0)
+    for number in range(WARM_UP_ROUNDS + rounds):
+        acting = contestants if number % REFERENCE_EVERY == 0 else contestants[1:]
+        for contestant in order.sample(acting, len(acting)):
+            elapsed = _timed(contestant, images[number % IMAGES], device)
+            if number >= WARM_UP_ROUNDS:
+                contestant.times_ms.append(elapsed)
+        if number % 50 == 49:
+            _say(f"round {number + 1 - WARM_UP_ROUNDS} of {rounds}")
+            save(facts | {"variants": _summarise(contestants, facts["device_rates"])})
+    facts["variants"] = _summarise(contestants, facts["device_rates"])
+    save(facts)
+    return facts
+
+
+def device_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes a second of a large copy, reading and writing, and operations a second of a product."""
+    large = device.type == "cuda"
+    source = torch.empty(1 << (30 if large else 24), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(8192 if large else 512, 8192 if large else 512, device=device, dtype=dtype)
+    copying = _best(lambda: target.copy_(source), device)
+    product = _best(lambda: a @ a, device)
+    return {
+        "bytes_per_s": 2 * source.nbytes / copying,
+        "operations_per_s": 2 * len(a) ** 3 / product,
+    }
+
+
+def _best(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of a few calls."""
+    times = []
+    for _ in range(10):
+        _synchronize(device)
+        start = time.perf_counter()
+        function()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _build(
+    name: str,
+    config: BundleConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    images: NDArray[np.uint8],
+) -> Contestant:
+    on_gpu = device.type == "cuda"
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    before, start = torch.cuda.memory_allocated(device) if on_gpu else 0, time.perf_counter()
+    model = random_model(config, device, dtype)
+    facts: dict[str, Any] = {"variant": name, "parameters": parameter_counts(model)}
+    layers = config.architecture.decoder.layers
+    facts["layers"] = [[w.heads, w.kv_heads, w.ffn] for w in layers]
+    engine: Engine | Generate
+    if name == "generate":
+        engine = Generate(model)
+        facts["bytes"] = EagerEngine(model).weight_bytes()
+    else:
+        hold = matrices.packed if name.endswith("-nf4") else matrices.held
+        engine = GraphEngine(model, hold=hold)
+        del model
+        facts["bytes"] = engine.weight_bytes()
+    facts["bytes"]["total"] = sum(facts["bytes"].values())
+    gc.collect()
+    facts["seconds_to_build"] = time.perf_counter() - start
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    if isinstance(engine, GraphEngine):
+        facts["seconds_to_capture"] = engine.prepare()
+    contestant = Contestant(name, engine, config, dtype, facts)
+    for image in images[:2]:
+        _timed(contestant, image, device)
+    if on_gpu:
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    _say(f"{name}: ready in {time.perf_counter() - start:.1f} s")
+    return contestant
+
+
+def _inputs(contestant: Contestant, image: NDArray[np.uint8], device: torch.device) -> Inputs:
+    """What `Policy.act` hands to an engine."""
+    bos = contestant.config.architecture.decoder.bos_token_id
+    ids = torch.arange(bos, bos + PROMPT)[None]
+    if contestant.engine.takes_bytes:
+        return Inputs(ids, None, torch.tensor(image[None]), None)
+    pixels = Processor(contestant.config, None).pixel_values(image[None])
+    return Inputs(ids, None, pixels, None).to(device, contestant.dtype)
+
+
+def _timed(contestant: Contestant, image: NDArray[np.uint8], device: torch.device) -> float:
+    """From the image's bytes to the action on the host, in ms."""
+    codec = ActionCodec(contestant.config.action_codec)
+    _synchronize(device)
+    start = time.perf_counter()
+    bins = contestant.engine.bins(_inputs(contestant, image, device))
+    codec.decode(bins.cpu().numpy())
+    return (time.perf_counter() - start) * 1e3
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _compare(
+    reference: Contestant, variant: Contestant, images: NDArray[np.uint8]
+) -> dict[str, float]:
+    """The engine's tokens and actions against eager's over the same weights and dtype."""
+    assert isinstance(reference.engine, Generate)
+    model = reference.engine.model
+    eager, codec = EagerEngine(model), ActionCodec(reference.config.action_codec)
+    device = model.language_model.lm_head.weight.device
+    different, largest = [], 0.0
+    for number in range(COMPARED):
+        image = np.roll(images[number % IMAGES], number, axis=0)
+        expected = eager.bins(_inputs(reference, image, device)).cpu()
+        bins = variant.engine.bins(_inputs(variant, image, device)).cpu()
+        different.append((bins != expected).double().mean().item())
+        actions = [codec.decode(each.numpy()) for each in (bins, expected)]
+        largest = max(largest, float(np.abs(actions[0] - actions[1]).max()))
+    return {
+        "actions": COMPARED,
+        "share_of_tokens_different": float(np.mean(different)),
+        "max_action_diff": largest,
+    }
+
+
+def floor_ms(contestant: Contestant, rates: dict[str, float]) -> float:
+    """The least an action can take here: in each pass, reading the weights or the arithmetic."""
+    config, parts = contestant.config, contestant.facts["bytes"]
+    counts = contestant.facts["parameters"]
+    decoder = config.architecture.decoder
+    patches = config.architecture.towers[0].patches
+    embedding = decoder.vocab_size * decoder.hidden_size * contestant.dtype.itemsize
+    layers = sum(_parameters(widths, decoder) for widths in decoder.layers)
+    read = parts["llm"] - embedding  # of the embedding a row is looked up
+    seen = counts["vision"] + counts["projector"]
+
+    def seconds(weights: int, operations: int) -> float:
+        return max(weights / rates["bytes_per_s"], operations / rates["operations_per_s"])
+
+    steps = config.action_codec.dimensions - 1
+    total = seconds(parts["vision"] + parts["projector"], 2 * seen * patches)
+    total += seconds(read, 2 * layers * (patches + PROMPT)) + steps * seconds(read, 2 * layers)
+    return total * 1e3
+
+
+def _summarise(contestants: list[Contestant], rates: dict[str, float]) -> list[dict[str, Any]]:
+    reference, rows = contestants[0], []
+    for contestant in contestants:
+        row = dict(contestant.facts)
+        if contestant.times_ms and reference.times_ms:
+            p50, p99 = percentiles(contestant.times_ms)
+            row["latency_ms"] = {"p50": p50, "p99": p99, "actions": len(contestant.times_ms)}
+            row["floor_ms"] = floor_ms(contestant, rates)
+            row["times_ms"] = contestant.times_ms
+            row["against_generate"] = _ratios(contestant, reference)
+        rows.append(row)
+    return rows
+
+
+def _ratios(contestant: Contestant, reference: Contestant) -> dict[str, Any]:
+    slow = reference.times_ms
+    # Of a variant, those rounds in which the reference acted too.
+    fast = contestant.times_ms[-WARM_UP_ROUNDS % REFERENCE_EVERY :: REFERENCE_EVERY]
+    fast = slow if contestant is reference else fast
+    ratios: dict[str, Any] = {
+        "times_faster": percentiles(slow)[0] / percentiles(contestant.times_ms)[0],
+        "times_faster_ci95": list(ratio_interval(slow, fast)),
+        "bytes_times_less": reference.facts["bytes"]["total"] / contestant.facts["bytes"]["total"],
+    }
+    if "peak_bytes" in reference.facts:
+        ratios["peak_times_less"] = reference.facts["peak_bytes"] / contestant.facts["peak_bytes"]
+    return ratios
+
+
+def table(facts: dict[str, Any]) -> str:
+    """For people."""
+    rates = facts["device_rates"]
+    lines = [
+        f"{'variant':<14}{'p50 ms':>9}{'p99 ms':>9}{'faster':>9}{'floor ms':>10}{'GB':>8}"
+        f"{'peak GB':>9}{'less':>8}{'capture s':>11}"
+    ]
+    for row in facts["variants"]:
+        ratios, latency = row["against_generate"], row["latency_ms"]
+        peak, less = row.get("peak_bytes"), ratios.get("peak_times_less")
+        lines.append(
+            f"{row['variant']:<14}{latency['p50']:>9.2f}{latency['p99']:>9.2f}"
+            f"{ratios['times_faster']:>8.1f}×{row['floor_ms']:>10.2f}"
+            f"{row['bytes']['total'] / 1e9:>8.2f}{f'{peak / 1e9:.2f}' if peak else '':>9}"
+            f"{f'{less:.1f}×' if less else '':>8}{row.get('seconds_to_capture', 0.0):>11.1f}"
+        )
+        if compared := row.get("against_eager"):
+            share = compared["share_of_tokens_different"]
+            lines.append(f"  against eager on these weights: {share:.1%} of the tokens differ")
+    lines += [f"{name}: failed, {line}" for name, line in facts.get("failed", {}).items()]
+    lines.append(
+        f"{facts['shape']}, random weights, {facts['dtype']}, {facts['rounds']} rounds; measured "
+        f"{rates['bytes_per_s'] / 1e12:.2f} TB/s and {rates['operations_per_s'] / 1e12:.0f} "
+        "tera-operations/s"
+    )
+    return "\n".join(lines)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

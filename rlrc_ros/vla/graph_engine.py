@@ -1,0 +1,425 @@
+"""The engine for a GPU: a whole action in one CUDA graph, one graph for each length of prompt.
+
+At batch 1 a VLA waits for launches, not for arithmetic. So nothing here depends on the data:
+prompts are padded to one of a few lengths, keys and values lie in fixed places, the towers run side
+by side, and what lies between the image's bytes and the action's bins is captured once and then
+replayed by a single call. Projections with the same input are one matrix, the head has the action's
+rows only, and where Triton is installed a decode step takes five kernels a layer
+(`rlrc_ros.vla.kernels`).
+
+The same code runs without a graph: on a CPU, and for prompts longer than any that was captured.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.vla import matrices
+from rlrc_ros.vla.matrices import Linear, Matrix
+from rlrc_ros.vla.openvla import Inputs, OpenVLA, VisionTower
+from rlrc_ros.vla.quantization import weight_bytes
+
+PROMPT_LENGTHS = (16, 24, 32, 48)
+"""Tokens of a prompt, BOS included, that graphs are captured for."""
+
+log = logging.getLogger(__name__)
+
+
+def operations_for(device: torch.device, head_dim: int) -> ModuleType:
+    """Triton kernels where they can run, else the same in plain PyTorch."""
+    if device.type == "cuda" and head_dim & (head_dim - 1) == 0:
+        try:
+            from rlrc_ros.vla import kernels
+        except ImportError as error:
+            log.warning("Triton is not installed (%s); actions will take longer", error)
+        else:
+            return kernels
+    return matrices
+
+
+class _Tower:
+    """One vision transformer over one image, its features (patches, width)."""
+
+    def __init__(self, tower: VisionTower, swap: Callable[[nn.Module], None], ops: Any) -> None:
+        self._ops, whole = ops, tower.kind == "vit"
+        if not whole:
+            tower.blocks = tower.blocks[:-1]  # the last one is never run, nor the pooling head
+            if tower.kind == "siglip":
+                del tower.attn_pool
+        swap(tower)
+        convolution = tower.patch_embed.proj
+        self._patch = convolution.kernel_size[0]
+        self._embedding = convolution.weight.detach().flatten(1)
+        self._bias = convolution.bias
+        self._prefix = None
+        if tower.kind == "dinov2":
+            self._prefix = torch.cat([tower.cls_token, tower.reg_token], 1)[0].detach()
+        self._position = tower.pos_embed[0].detach()
+        self._blocks: list[Any] = list(tower.blocks)
+        self._final = tower.norm if whole else None
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        patch, rows = self._patch, pixels.shape[1] // self._patch
+        squares = pixels.reshape(3, rows, patch, rows, patch).permute(1, 3, 0, 2, 4)
+        squares = squares.reshape(rows * rows, -1).to(self._embedding.dtype)
+        x = F.linear(squares, self._embedding, self._bias) + self._position
+        skipped = 0
+        if self._prefix is not None:
+            x, skipped = torch.cat([self._prefix, x]), len(self._prefix)
+        delta, factor = None, None
+        for block in self._blocks:
+            attention, mlp = block.attn, block.mlp
+            h = self._norm(x, block.norm1, delta, factor)
+            shape = (len(x), 3, attention.heads, -1)
+            q, k, v = attention.qkv(h).view(shape).permute(1, 2, 0, 3)[:, None]
+            mixed = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).reshape(x.shape)
+            delta, factor = attention.proj(mixed), getattr(block.ls1, "scale_factor", None)
+            h = self._norm(x, block.norm2, delta, factor)
+            delta, factor = mlp.fc2(F.gelu(mlp.fc1(h))), getattr(block.ls2, "scale_factor", None)
+        if self._final is not None:
+            return self._norm(x, self._final, delta, factor)
+        if delta is not None:
+            x = x + (delta if factor is None else delta * factor)
+        return x[skipped:]
+
+    def _norm(
+        self, x: Tensor, norm: nn.LayerNorm, delta: Tensor | None, factor: Tensor | None
+    ) -> Tensor:
+        """Add to x in place, then normalise."""
+        return self._ops.norm(x, norm.weight, norm.eps, norm.bias, delta, factor)
+
+
+class _Layer:
+    """One decoder layer, its projections fused."""
+
+    def __init__(self, layer: Any, matrix: Callable[[list[Any]], Matrix], ops: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._ops, self.head_dim = ops, attention.head_dim
+        self.heads = attention.q_proj.out_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        self._norm1, self._norm2 = (
+            norm.weight.detach() for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        self._eps = layer.input_layernorm.variance_epsilon
+        self._qkv = matrix([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = matrix([attention.o_proj])
+        self._gate_up, self._down = matrix([mlp.gate_proj, mlp.up_proj]), matrix([mlp.down_proj])
+        parts = (self._qkv, self._out, self._gate_up, self._down, self._norm1, self._norm2)
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def prompt(
+        self, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, only: Tensor | None
+    ) -> Tensor:
+        """(T, hidden) -> (T, hidden), or the one row `only` of it; x is overwritten."""
+        ops = self._ops
+        qkv = self._times(ops.norm(x, self._norm1, self._eps), self._qkv)
+        query = ops.rope(qkv, cos, sin, cache, self.heads)
+        mixed = F.scaled_dot_product_attention(
+            query[None],
+            cache[:1, :, : len(x)],
+            cache[1:, :, : len(x)],
+            is_causal=True,
+            enable_gqa=self.heads != self.kv_heads,
+        )[0]
+        mixed = mixed.transpose(0, 1).reshape(len(x), -1)
+        if only is not None:
+            x, mixed = x.index_select(0, only), mixed.index_select(0, only)
+        x = self._plus(x, mixed, self._out)
+        h = ops.gate(self._times(ops.norm(x, self._norm2, self._eps), self._gate_up))
+        return self._plus(x, h, self._down)
+
+    def step(self, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> None:
+        """One token's (hidden,), in place."""
+        ops, eps = self._ops, self._eps
+        qkv = ops.gemv(x, self._qkv, x.new_empty(self._qkv.shape[0]), self._norm1, eps)
+        mixed = ops.decode_attention(qkv, cos, sin, cache, position, self.heads)
+        ops.gemv(mixed, self._out, x, residual=True)
+        h = x.new_empty(self._down.shape[1])
+        ops.gemv(x, self._gate_up, h, self._norm2, eps, gated=True)
+        ops.gemv(h, self._down, x, residual=True)
+
+    def _times(self, x: Tensor, weight: Matrix) -> Tensor:
+        return matrices.times(x, weight, self._ops)
+
+    def _plus(self, x: Tensor, y: Tensor, weight: Matrix) -> Tensor:
+        return x.addmm_(y, matrices.dense(weight, x.dtype, self._ops).T)
+
+
+@dataclass
+class _Slots:
+    """Where an action's inputs are put, for one length of prompt."""
+
+    image: Tensor
+    ids: Tensor
+    last: Tensor
+    """Place of the prompt's last token in the sequence, (1,)."""
+    proprioception: Tensor | None
+
+
+class GraphEngine:
+    """One observation at a time.
+
+    Args:
+        model: is taken apart; its weights live on in fused form.
+        mean: of the vision towers, RGB in [0, 1] each.
+        std: likewise.
+        lengths: of prompts that graphs are captured for; none on a CPU.
+        hold: how linear layers with the same input become one `Matrix`.
+        operations: where the arithmetic is; by default Triton's on a GPU that has it.
+    """
+
+    name = "graph"
+    takes_bytes = True
+
+    def __init__(
+        self,
+        model: OpenVLA,
+        lengths: Sequence[int] = PROMPT_LENGTHS,
+        hold: Callable[[list[Any], torch.dtype], Matrix] = matrices.held,
+        operations: ModuleType | None = None,
+    ) -> None:
+        llama, first = model.language_model.model, model.first_action_id
+        self._embedding = llama.embed_tokens.weight.detach()
+        self._device = self._embedding.device
+        config = model.config
+        self._ops = operations or operations_for(self._device, config.decoder.head_dim)
+        self._action_rows = self._embedding[first : first + model.n_bins]
+        rows = model.language_model.lm_head.weight.detach()[first : first + model.n_bins].clone()
+        self._head = Matrix(rows, (model.n_bins, rows.shape[1]))
+        model.language_model.lm_head = nn.Identity()
+        self._norm, self._eps = llama.norm.weight.detach(), llama.norm.variance_epsilon
+        self._rotary = llama.rotary_emb
+        self._layers: list[_Layer] = []
+
+        def matrix(linears: list[Any]) -> Matrix:
+            return hold(linears, self._norm.dtype)
+
+        for i in range(len(llama.layers)):  # each let go as soon as it is fused: memory
+            self._layers.append(_Layer(llama.layers[i], matrix, self._ops))
+            llama.layers[i] = nn.Identity()
+
+        def swap(module: nn.Module) -> None:
+            self._swap(module, matrix)
+
+        backbone = model.vision_backbone
+        towers = [t for t in (backbone.featurizer, backbone.fused_featurizer) if t is not None]
+        self._towers = [_Tower(tower, swap, self._ops) for tower in towers]
+        self._scales = [
+            torch.tensor([t.mean, t.std], device=self._device)[:, :, None, None]
+            for t in config.towers
+        ]
+        for module in (model.projector, model.proprio_projector):
+            if module is not None:
+                swap(module)
+        self._model, self._tokens = model, model.action_tokens
+        self._context = config.towers[0].patches + (model.proprio_projector is not None)
+        self._image = (config.towers[0].image_size,) * 2 + (3,)
+        self._on_gpu = self._device.type == "cuda"
+        self._lengths = sorted(lengths) if self._on_gpu else []
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Slots, Tensor]] = {}
+        self._streams = (
+            [torch.cuda.Stream(self._device) for _ in self._towers[1:]] if self._on_gpu else []
+        )
+        self._allocate(max(self._lengths, default=32))
+        self.seconds_to_capture = 0.0
+
+    def _swap(self, root: nn.Module, matrix: Callable[[list[Any]], Matrix]) -> None:
+        """Linear layers below `root` that are to be NF4 become so."""
+        for path, module in list(root.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, attribute = path.rpartition(".")
+                weight = matrix([module])
+                if weight.scales is not None:
+                    layer = Linear(weight, module.bias, self._ops)
+                    setattr(root.get_submodule(parent), attribute, layer)
+
+    def _allocate(self, length: int) -> None:
+        """Room for a prompt of `length` tokens."""
+        capacity = length + self._context + self._tokens
+        self._capacity = capacity
+        self._caches = [
+            self._norm.new_zeros(2, layer.kv_heads, capacity, layer.head_dim)
+            for layer in self._layers
+        ]
+        positions = torch.arange(capacity, device=self._device)[None]
+        cos, sin = self._rotary(self._norm.float(), positions)
+        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+
+    def prepare(self) -> float:
+        """Capture every graph, so that no robot waits for one.
+
+        Returns the seconds it took.
+        """
+        start = time.perf_counter()
+        with self._current_device():
+            for length in reversed(self._lengths):
+                if length not in self._graphs:
+                    self._capture(length)
+        self.seconds_to_capture += time.perf_counter() - start
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def bins(self, inputs: Inputs) -> Tensor:
+        """Greedy action bins, (1, action_tokens), on the CPU.
+
+        Args:
+            inputs: one observation on the CPU, its `pixel_values` (1, H, W, 3) uint8.
+
+        Raises:
+            UserError: the policy's state is not finite.
+        """
+        if len(inputs) != 1 or inputs.pixel_values.dtype != torch.uint8:
+            raise ValueError("the graph engine takes one observation at a time, its image in bytes")
+        with self._current_device():
+            *bins, finite = self._run(inputs).tolist()
+        if not finite:
+            raise UserError("the policy's state is not finite; its weights or inputs are broken")
+        return torch.tensor([bins])
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        """By the smallest graph that has room; without one where none has."""
+        length = inputs.input_ids.shape[1]
+        fitting = [number for number in self._lengths if number >= length]
+        if fitting:
+            if fitting[0] not in self._graphs:
+                self._capture(fitting[0])
+            graph, slots, out = self._graphs[fitting[0]]
+            self._fill(slots, inputs)
+            graph.replay()
+            return out
+        if self._lengths:
+            log.warning(
+                "a prompt of %d tokens is longer than any that was prepared for (%d): this action "
+                "takes longer",
+                length,
+                self._lengths[-1],
+            )
+        slots = self._slots(length)
+        self._fill(slots, inputs)
+        return self._beyond(slots, length)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of weights held in memory, by part."""
+        parts = {}
+        for name, part in self._model.parts.items():
+            packed = sum(m.nbytes for m in part.modules() if isinstance(m, Linear))
+            parts[name] = weight_bytes(part) + packed
+        parts["llm"] += self._head.nbytes + sum(layer.nbytes for layer in self._layers)
+        return parts
+
+    def _slots(self, length: int) -> _Slots:
+        proprioception = None
+        if self._model.proprio_projector is not None:
+            width = self._model.config.proprioception
+            proprioception = self._norm.new_zeros(1, width)
+        return _Slots(
+            torch.zeros(self._image, dtype=torch.uint8, device=self._device),
+            torch.zeros(length, dtype=torch.long, device=self._device),
+            torch.zeros(1, dtype=torch.long, device=self._device),
+            proprioception,
+        )
+
+    def _fill(self, slots: _Slots, inputs: Inputs) -> None:
+        ids = inputs.input_ids[0]
+        slots.image.copy_(self._ready(inputs.pixel_values[0]), non_blocking=True)
+        padded = F.pad(ids, (0, len(slots.ids) - len(ids)))
+        slots.ids.copy_(self._ready(padded), non_blocking=True)
+        slots.last.fill_(len(ids) + self._context - 1)
+        if slots.proprioception is not None:
+            assert inputs.proprioception is not None
+            slots.proprioception.copy_(inputs.proprioception)
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self._on_gpu else tensor
+
+    def _current_device(self) -> AbstractContextManager[Any]:
+        """Triton and graphs use whichever GPU is current."""
+        return torch.cuda.device(self._device) if self._on_gpu else nullcontext()
+
+    def _capture(self, length: int) -> None:
+        slots = self._slots(length)
+        slots.last.fill_(length + self._context - 1)
+        with torch.inference_mode():
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # kernels are compiled, libraries get ready
+                    self._act(slots)
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                out = self._act(slots)
+        self._graphs[length] = (graph, slots, out)
+
+    def _beyond(self, slots: _Slots, length: int) -> Tensor:
+        """Without a graph; where the prompt has no room, in other places for this once."""
+        if length + self._context + self._tokens <= self._capacity:
+            return self._act(slots)
+        kept = self._capacity, self._caches, self._cos, self._sin
+        try:
+            self._allocate(length)
+            return self._act(slots)
+        finally:
+            if self._graphs:
+                self._capacity, self._caches, self._cos, self._sin = kept
+
+    def _act(self, slots: _Slots) -> Tensor:
+        """Bins, then 1 if the state behind them is finite, else 0: (action_tokens + 1,) int64."""
+        x = self._embed(slots)
+        for i, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
+            only = slots.last if i == len(self._layers) - 1 else None
+            x = layer.prompt(x, cache, self._cos, self._sin, only)
+        state = x[0]
+        finite = state.isfinite().all()[None].long()
+        bins = [self._choose(state)]
+        for number in range(1, self._tokens):
+            token = self._action_rows.index_select(0, bins[-1])[0]
+            position = slots.last + number
+            for layer, cache in zip(self._layers, self._caches, strict=True):
+                layer.step(token, cache, self._cos, self._sin, position)
+            bins.append(self._choose(token))
+        return torch.cat([*bins, finite])
+
+    def _choose(self, state: Tensor) -> Tensor:
+        logits = torch.empty(self._head.shape[0], dtype=torch.float32, device=state.device)
+        self._ops.gemv(state, self._head, logits, self._norm, self._eps)
+        return logits.argmax(-1, keepdim=True)
+
+    def _embed(self, slots: _Slots) -> Tensor:
+        """The decoder's input, (T, hidden)."""
+        text = self._embedding.index_select(0, slots.ids)
+        pixels = slots.image.permute(2, 0, 1).float() / 255
+        scaled = [(pixels - mean) / std for mean, std in self._scales]
+        features = self._see(scaled)
+        context = [self._model.projector(features)]
+        if slots.proprioception is not None and self._model.proprio_projector is not None:
+            context.append(self._model.proprio_projector(slots.proprioception))
+        return torch.cat([text[:1], *context, text[1:]])
+
+    def _see(self, scaled: list[Tensor]) -> Tensor:
+        """All towers' features side by side, each tower in a stream of its own on a GPU."""
+        if not self._streams:
+            return torch.cat([t(p) for t, p in zip(self._towers, scaled, strict=True)], 1)
+        main, features = torch.cuda.current_stream(), []
+        for stream in self._streams:
+            stream.wait_stream(main)
+        for stream, tower, pixels in zip(self._streams, self._towers[1:], scaled[1:], strict=True):
+            with torch.cuda.stream(stream):
+                features.append(tower(pixels))
+        features.insert(0, self._towers[0](scaled[0]))
+        for stream in self._streams:
+            main.wait_stream(stream)
+        return torch.cat(features, 1)

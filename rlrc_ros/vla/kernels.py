@@ -1,0 +1,384 @@
+"""Triton kernels of the graph engine: what cuBLAS and PyTorch do in several launches, in one.
+
+A decode step multiplies one row by every matrix, so it costs the reading of the matrices and the
+launches. Here a layer is five launches: norm and projection, rotation and attention, projection and
+residual, norm and gated projection, projection and residual. All sums are in float32.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,
+    gain_ptr,
+    weight_ptr,
+    scale_ptr,
+    level_ptr,
+    out_ptr,
+    rows,
+    columns,
+    eps,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    NF4: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < rows
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    gated = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    square = tl.zeros([BLOCK_K], tl.float32)
+    step = BLOCK_K
+    if NF4:
+        step = 2 * BLOCK_K  # a byte holds two weights
+    for start in range(0, columns, step):
+        if NF4:
+            byte = start // 2 + tl.arange(0, BLOCK_K)
+            ok = byte < columns // 2
+            even = tl.load(x_ptr + 2 * byte, mask=ok, other=0.0).to(tl.float32)
+            odd = tl.load(x_ptr + 2 * byte + 1, mask=ok, other=0.0).to(tl.float32)
+            if NORM:
+                square += even * even + odd * odd
+                even *= tl.load(gain_ptr + 2 * byte, mask=ok, other=0.0).to(tl.float32)
+                odd *= tl.load(gain_ptr + 2 * byte + 1, mask=ok, other=0.0).to(tl.float32)
+            both = n_ok[:, None] & ok[None, :]
+            place = n[:, None] * (columns // 2) + byte[None, :]
+            packed = tl.load(weight_ptr + place, mask=both, other=0).to(tl.int32)
+            scale = tl.load(scale_ptr + place // 32, mask=both, other=0.0)
+            high = tl.load(level_ptr + (packed >> 4))
+            low = tl.load(level_ptr + (packed & 15))
+            total += scale * (high * even[None, :] + low * odd[None, :])
+            if GATED:
+                place += rows * (columns // 2)
+                packed = tl.load(weight_ptr + place, mask=both, other=0).to(tl.int32)
+                scale = tl.load(scale_ptr + place // 32, mask=both, other=0.0)
+                high = tl.load(level_ptr + (packed >> 4))
+                low = tl.load(level_ptr + (packed & 15))
+                gated += scale * (high * even[None, :] + low * odd[None, :])
+        else:
+            k = start + tl.arange(0, BLOCK_K)
+            ok = k < columns
+            x = tl.load(x_ptr + k, mask=ok, other=0.0).to(tl.float32)
+            if NORM:
+                square += x * x
+                x *= tl.load(gain_ptr + k, mask=ok, other=0.0).to(tl.float32)
+            both = n_ok[:, None] & ok[None, :]
+            place = n[:, None] * columns + k[None, :]
+            w = tl.load(weight_ptr + place, mask=both, other=0.0).to(tl.float32)
+            total += w * x[None, :]
+            if GATED:
+                w = tl.load(weight_ptr + place + rows * columns, mask=both, other=0.0)
+                gated += w.to(tl.float32) * x[None, :]
+    y = tl.sum(total, 1)
+    z = tl.sum(gated, 1)
+    if NORM:
+        factor = 1.0 / tl.sqrt(tl.sum(square, 0) / columns + eps)
+        y *= factor
+        z *= factor
+    if GATED:
+        y = y / (1.0 + tl.exp(-y)) * z
+    if RESIDUAL:
+        y += tl.load(out_ptr + n, mask=n_ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n_ok)
+
+
+def gemv(
+    x: Tensor,
+    weight: Any,
+    out: Tensor,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: bool = False,
+) -> Tensor:
+    """One row times a matrix, into `out`.
+
+    Args:
+        x: (K,).
+        weight: the matrix, (N, K); dense or NF4 in blocks of 64.
+        out: (N,), or (N / 2,) if gated.
+        gain: (K,); if given, x goes through an RMS norm with it first.
+        eps: of the norm.
+        gated: the upper half of the rows gates the lower: silu(upper) · lower.
+        residual: add to what `out` holds.
+    """
+    rows, columns = weight.shape
+    rows = rows // 2 if gated else rows
+    nf4 = weight.scales is not None
+    block = 8 if rows >= 4096 else 4
+    _gemv_kernel[(triton.cdiv(rows, block),)](
+        x,
+        x if gain is None else gain,
+        weight.data,
+        weight.scales if nf4 else weight.data,
+        weight.levels if nf4 else weight.data,
+        out,
+        rows,
+        columns,
+        eps,
+        NORM=gain is not None,
+        GATED=gated,
+        RESIDUAL=residual,
+        NF4=nf4,
+        BLOCK_N=block,
+        BLOCK_K=256 if nf4 or gated else 512,
+    )
+    return out
+
+
+@triton.jit
+def _decode_attention_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    key_ptr,
+    value_ptr,
+    position_ptr,
+    out_ptr,
+    heads,
+    kv_heads,
+    capacity,
+    scale,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(0)
+    group = heads // kv_heads
+    kv = head // group
+    position = tl.load(position_ptr).to(tl.int32)
+    d = tl.arange(0, HALF)
+    size = 2 * HALF
+    cos = tl.load(cos_ptr + position * size + d).to(tl.float32)
+    sin = tl.load(sin_ptr + position * size + d).to(tl.float32)
+
+    a = tl.load(qkv_ptr + head * size + d).to(tl.float32)
+    b = tl.load(qkv_ptr + head * size + HALF + d).to(tl.float32)
+    q1 = (a * cos - b * sin) * scale
+    q2 = (b * cos + a * sin) * scale
+    a = tl.load(qkv_ptr + (heads + kv) * size + d).to(tl.float32)
+    b = tl.load(qkv_ptr + (heads + kv) * size + HALF + d).to(tl.float32)
+    k1 = (a * cos - b * sin).to(key_ptr.dtype.element_ty)
+    k2 = (b * cos + a * sin).to(key_ptr.dtype.element_ty)
+    v1 = tl.load(qkv_ptr + (heads + kv_heads + kv) * size + d)
+    v2 = tl.load(qkv_ptr + (heads + kv_heads + kv) * size + HALF + d)
+    if head % group == 0:  # the others of the group have the same ones at hand
+        place = (kv * capacity + position) * size + d
+        tl.store(key_ptr + place, k1)
+        tl.store(key_ptr + place + HALF, k2)
+        tl.store(value_ptr + place, v1)
+        tl.store(value_ptr + place + HALF, v2)
+
+    largest = tl.sum(q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32), 0)
+    weight = tl.exp(largest - largest)  # 1, of the type that the loop goes on with
+    sum1 = v1.to(tl.float32)
+    sum2 = v2.to(tl.float32)
+    for start in range(0, position, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        seen = t < position
+        place = (kv * capacity + t)[:, None] * size + d[None, :]
+        k = tl.load(key_ptr + place, mask=seen[:, None], other=0.0).to(tl.float32)
+        score = tl.sum(k * q1[None, :], 1)
+        k = tl.load(key_ptr + place + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
+        score = tl.where(seen, score + tl.sum(k * q2[None, :], 1), -float("inf"))
+        new = tl.maximum(largest, tl.max(score, 0))
+        fade = tl.exp(largest - new)
+        p = tl.exp(score - new)
+        weight = weight * fade + tl.sum(p, 0)
+        v = tl.load(value_ptr + place, mask=seen[:, None], other=0.0).to(tl.float32)
+        sum1 = sum1 * fade + tl.sum(p[:, None] * v, 0)
+        v = tl.load(value_ptr + place + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
+        sum2 = sum2 * fade + tl.sum(p[:, None] * v, 0)
+        largest = new
+    tl.store(out_ptr + head * size + d, (sum1 / weight).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + head * size + HALF + d, (sum2 / weight).to(out_ptr.dtype.element_ty))
+
+
+def decode_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor, heads: int
+) -> Tensor:
+    """Rotate one token's query and key, keep its key and value, attend to all so far.
+
+    Args:
+        qkv: ((heads + 2 kv_heads) · head_dim,).
+        cos: (capacity, head_dim) float32, as is sin.
+        sin: of the rotary embedding (Su et al., arXiv 2104.09864).
+        cache: (2, kv_heads, capacity, head_dim), keys and values.
+        position: the token's, (1,) int64.
+        heads: how many queries there are.
+
+    Returns:
+        (heads · head_dim,).
+    """
+    _, kv_heads, capacity, size = cache.shape
+    out = torch.empty(heads * size, dtype=qkv.dtype, device=qkv.device)
+    _decode_attention_kernel[(heads,)](
+        qkv,
+        cos,
+        sin,
+        cache[0],
+        cache[1],
+        position,
+        out,
+        heads,
+        kv_heads,
+        capacity,
+        size**-0.5,
+        HALF=size // 2,
+        BLOCK=64,
+        num_warps=8,
+    )
+    return out
+
+
+@triton.jit
+def _rope_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, heads, kv_heads, tokens, capacity,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    d = tl.arange(0, HALF)
+    size = 2 * HALF
+    place = qkv_ptr + (token * (heads + 2 * kv_heads) + head) * size + d
+    a = tl.load(place)
+    b = tl.load(place + HALF)
+    if head < heads + kv_heads:
+        cos = tl.load(cos_ptr + token * size + d).to(tl.float32)
+        sin = tl.load(sin_ptr + token * size + d).to(tl.float32)
+        x = a.to(tl.float32)
+        y = b.to(tl.float32)
+        first = (x * cos - y * sin).to(a.dtype)
+        second = (y * cos + x * sin).to(a.dtype)
+        if head < heads:
+            to = query_ptr + (head * tokens + token) * size + d
+            tl.store(to, first)
+            tl.store(to + HALF, second)
+        else:
+            to = key_ptr + ((head - heads) * capacity + token) * size + d
+            tl.store(to, first)
+            tl.store(to + HALF, second)
+    else:
+        to = value_ptr + ((head - heads - kv_heads) * capacity + token) * size + d
+        tl.store(to, a)
+        tl.store(to + HALF, b)
+
+
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Tensor:
+    """Rotate queries and keys of a prompt; keys and values go to the cache's beginning.
+
+    (T, (heads + 2 kv_heads) · head_dim) -> queries (heads, T, head_dim).
+    """
+    _, kv_heads, capacity, size = cache.shape
+    tokens = len(qkv)
+    query = torch.empty(heads, tokens, size, dtype=qkv.dtype, device=qkv.device)
+    _rope_kernel[(tokens, heads + 2 * kv_heads)](
+        qkv, cos, sin, query, cache[0], cache[1], heads, kv_heads, tokens, capacity,
+        HALF=size // 2, num_warps=1,
+    )  # fmt: skip
+    return query
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr, delta_ptr, factor_ptr, gain_ptr, bias_ptr, out_ptr, width, eps,
+    ADD: tl.constexpr, FACTOR: tl.constexpr, CENTRE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    k = tl.arange(0, BLOCK)
+    ok = k < width
+    x = tl.load(x_ptr + row * width + k, mask=ok, other=0.0).to(tl.float32)
+    if ADD:
+        delta = tl.load(delta_ptr + row * width + k, mask=ok, other=0.0).to(tl.float32)
+        if FACTOR:
+            delta *= tl.load(factor_ptr + k, mask=ok, other=0.0).to(tl.float32)
+        x += delta
+        tl.store(x_ptr + row * width + k, x.to(x_ptr.dtype.element_ty), mask=ok)
+    if CENTRE:
+        x = tl.where(ok, x - tl.sum(x, 0) / width, 0.0)
+    y = x / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+    y *= tl.load(gain_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    if CENTRE:
+        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + k, y.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def norm(
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    delta: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """(T, W) -> (T, W): an RMS norm, or with a bias a layer norm.
+
+    delta: first added to x in place, times `factor` (W,) if given.
+    """
+    out = torch.empty_like(x)
+    _norm_kernel[(len(x),)](
+        x,
+        x if delta is None else delta,
+        x if factor is None else factor,
+        gain,
+        gain if bias is None else bias,
+        out,
+        x.shape[1],
+        eps,
+        ADD=delta is not None,
+        FACTOR=factor is not None,
+        CENTRE=bias is not None,
+        BLOCK=triton.next_power_of_2(x.shape[1]),
+    )
+    return out
+
+
+@triton.jit
+def _gate_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = k < width
+    gate = tl.load(x_ptr + 2 * row * width + k, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + (2 * row + 1) * width + k, mask=ok, other=0.0).to(tl.float32)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * width + k, y.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def gate(x: Tensor) -> Tensor:
+    """(T, 2W) -> (T, W): silu of the first half times the second."""
+    tokens, width = x.shape[0], x.shape[1] // 2
+    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
+    _gate_kernel[(tokens, triton.cdiv(width, 1024))](x, out, width, BLOCK=1024)
+    return out
+
+
+@triton.jit
+def _unpack_kernel(packed_ptr, scale_ptr, level_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    byte = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = byte < count
+    packed = tl.load(packed_ptr + byte, mask=ok, other=0).to(tl.int32)
+    scale = tl.load(scale_ptr + byte // 32, mask=ok, other=0.0)
+    high = tl.load(level_ptr + (packed >> 4)) * scale
+    low = tl.load(level_ptr + (packed & 15)) * scale
+    tl.store(out_ptr + 2 * byte, high.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + 2 * byte + 1, low.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def unpack(weight: Any, dtype: torch.dtype) -> Tensor:
+    """An NF4 matrix in blocks of 64 as a dense one."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
+    count = out.numel() // 2
+    _unpack_kernel[(triton.cdiv(count, 1024),)](
+        weight.data, weight.scales, weight.levels, out, count, BLOCK=1024
+    )
+    return out

@@ -1,0 +1,221 @@
+"""Weight matrices as the graph engine holds them, and its arithmetic in plain PyTorch.
+
+`rlrc_ros.vla.kernels` has the same operations as Triton kernels; these run anywhere, and say what
+those must give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlrc_ros.vla.quantization import bitsandbytes, is_quantized
+
+NF4_BLOCK = 64
+UNPACKED_ROWS = 8192
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Dettmers et al., QLoRA, arXiv 2305.14314, appendix E."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix, (N, K), dense or NF4.
+
+    Attributes:
+        data: (N, K), or N · K / 2 bytes with the first of two weights in the upper half.
+        shape: (N, K).
+        scales: float32, one for each 64 weights, row after row; None where dense.
+        levels: the 16 values of NF4, float32; None where dense.
+    """
+
+    data: Tensor
+    shape: tuple[int, int]
+    scales: Tensor | None = None
+    levels: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def slices(self, rows: int) -> Iterator[Matrix]:
+        """The matrix in pieces of at most so many rows; they share its memory."""
+        total, columns = self.shape
+        for start in range(0, total, rows):
+            stop = min(start + rows, total)
+            if self.scales is None:
+                yield Matrix(self.data[start:stop], (stop - start, columns))
+                continue
+            data = self.data[start * columns // 2 : stop * columns // 2]
+            scales = self.scales[start * columns // NF4_BLOCK : stop * columns // NF4_BLOCK]
+            yield Matrix(data, (stop - start, columns), scales, self.levels)
+
+
+def held(linears: list[Any], dtype: torch.dtype) -> Matrix:
+    """Matrices with the same inputs as one, as they are stored: dense or bitsandbytes' NF4.
+
+    dtype: what the model computes in.
+    """
+    if not is_quantized(linears[0]):
+        return _dense([linear.weight.detach() for linear in linears])
+    functional = bitsandbytes().functional
+    states = [linear.weight.quant_state for linear in linears]
+    if any(state.blocksize != NF4_BLOCK or state.shape[1] % NF4_BLOCK for state in states):
+        # Where a block goes on in the next row, bitsandbytes' backends differ: it unpacks its own.
+        pairs = ((linear.weight.data, linear.weight.quant_state) for linear in linears)
+        return _dense([functional.dequantize_4bit(*pair).to(dtype) for pair in pairs])
+    packed, scales = [], []
+    for linear, state in zip(linears, states, strict=True):
+        absmax = state.absmax
+        if state.nested:
+            absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        packed.append(linear.weight.data.reshape(-1))
+        scales.append(absmax.float().reshape(-1))
+    shape = (sum(state.shape[0] for state in states), states[0].shape[1])
+    return _nf4(torch.cat(packed), shape, torch.cat(scales))
+
+
+def packed(linears: list[Any], _: torch.dtype) -> Matrix:
+    """Dense matrices with the same inputs as one in NF4, without bitsandbytes."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    if weight.shape[1] % NF4_BLOCK:
+        return _dense([weight])
+    blocks = weight.float().reshape(-1, NF4_BLOCK)
+    scales = blocks.abs().amax(1).clamp_min(1e-12)
+    levels = torch.tensor(NF4_LEVELS, device=weight.device)
+    indices = torch.bucketize(blocks / scales[:, None], (levels[1:] + levels[:-1]) / 2)
+    pairs = indices.to(torch.uint8).reshape(-1, 2)
+    return _nf4(pairs[:, 0] << 4 | pairs[:, 1], (len(weight), weight.shape[1]), scales)
+
+
+def _dense(weights: list[Tensor]) -> Matrix:
+    data = torch.cat(weights)
+    return Matrix(data, (len(data), data.shape[1]))
+
+
+def _nf4(data: Tensor, shape: tuple[int, int], scales: Tensor) -> Matrix:
+    return Matrix(data, shape, scales, torch.tensor(NF4_LEVELS, device=data.device))
+
+
+class Linear(nn.Module):
+    """A linear layer over a `Matrix`: (T, K) -> (T, N)."""
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None, operations: Any) -> None:
+        super().__init__()
+        self.matrix, self.bias, self._operations = matrix, bias, operations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        return F.linear(x, dense(self.matrix, x.dtype, self._operations), self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def times(x: Tensor, weight: Matrix, operations: Any) -> Tensor:
+    """(T, K) -> (T, N); a large NF4 matrix is unpacked a piece at a time, for the memory's sake."""
+    if weight.scales is None or weight.shape[0] <= UNPACKED_ROWS:
+        return F.linear(x, dense(weight, x.dtype, operations))
+    pieces = weight.slices(UNPACKED_ROWS)
+    return torch.cat([F.linear(x, dense(piece, x.dtype, operations)) for piece in pieces], -1)
+
+
+def dense(weight: Matrix, dtype: torch.dtype, operations: Any) -> Tensor:
+    """The matrix as a tensor; an NF4 one is unpacked for this use."""
+    return weight.data if weight.scales is None else operations.unpack(weight, dtype)
+
+
+def unpack(weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """An NF4 matrix in blocks of 64 as a dense one."""
+    assert weight.levels is not None and weight.scales is not None
+    data = weight.data.int()
+    values = weight.levels[torch.stack([data >> 4, data & 15], 1)].reshape(-1, NF4_BLOCK)
+    return (values * weight.scales[:, None]).to(dtype).reshape(weight.shape)
+
+
+def gemv(
+    x: Tensor,
+    weight: Matrix,
+    out: Tensor,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: bool = False,
+) -> Tensor:
+    """One row times a matrix, into `out`: see `rlrc_ros.vla.kernels.gemv`."""
+    if gain is not None:
+        x = F.rms_norm(x, x.shape, gain, eps)
+    y = (x[None] @ (weight.data if weight.scales is None else unpack(weight, x.dtype)).T)[0]
+    if gated:
+        y = gate(y[None])[0]
+    return out.add_(y) if residual else out.copy_(y)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def decode_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor, heads: int
+) -> Tensor:
+    """Attention of one token to all before it: see `rlrc_ros.vla.kernels.decode_attention`."""
+    _, kv_heads, capacity, size = cache.shape
+    parts = qkv.view(-1, size)
+    both = _turn(parts[: heads + kv_heads], cos[position], sin[position])
+    cache[0].index_copy_(1, position, both[heads:, None])
+    cache[1].index_copy_(1, position, parts[heads + kv_heads :, None])
+    seen = torch.arange(capacity, device=qkv.device)[None, None] <= position
+    mixed = F.scaled_dot_product_attention(
+        both[None, :heads, None],
+        cache[:1],
+        cache[1:],
+        attn_mask=seen[None],
+        enable_gqa=heads != kv_heads,
+    )
+    return mixed.reshape(-1)
+
+
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Tensor:
+    """Rotate a prompt's queries and keys: see `rlrc_ros.vla.kernels.rope`."""
+    kv_heads, size = cache.shape[1], cache.shape[3]
+    tokens = len(qkv)
+    parts = qkv.view(tokens, -1, size).transpose(0, 1)
+    both = _turn(parts[: heads + kv_heads], cos[:tokens], sin[:tokens])
+    cache[0, :, :tokens] = both[heads:]
+    cache[1, :, :tokens] = parts[heads + kv_heads :]
+    return both[:heads]
+
+
+def norm(
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    delta: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """An RMS norm, or a layer norm: see `rlrc_ros.vla.kernels.norm`."""
+    if delta is not None:
+        x += delta if factor is None else delta * factor
+    if bias is None:
+        return F.rms_norm(x, gain.shape, gain, eps)
+    return F.layer_norm(x, gain.shape, gain, bias, eps)
+
+
+def gate(x: Tensor) -> Tensor:
+    """(T, 2W) -> (T, W): silu of the first half times the second."""
+    first, second = x.chunk(2, -1)
+    return F.silu(first) * second

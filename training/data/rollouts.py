@@ -1,0 +1,67 @@
+"""Recorded rollouts as demonstrations: what `rlrc sft` trains from, out of bags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc_ros.rollouts.alignment import Step
+from rlrc_ros.rollouts.export import Rollout
+from rlrc_ros.vla.config import BundleConfig
+from rlrc_ros.vla.processor import Processor
+from training.data.demonstrations import EPISODES_PER_SHARD, Episode, encode_png, write_shard
+
+
+class SftStep(NamedTuple):
+    """A control step as a shard holds it."""
+
+    png: bytes
+    proprioception: NDArray[np.float32]
+    action: NDArray[np.float32]
+
+
+class SftEncoder:
+    """Steps as a policy is trained on them: the image as its towers see it, to the last bit."""
+
+    def __init__(self, config: BundleConfig) -> None:
+        self._processor = Processor(config, None)
+
+    def __call__(self, step: Step) -> SftStep:
+        """Resize, encode, round to float32."""
+        observation = step.observation
+        values = observation.proprioception
+        return SftStep(
+            encode_png(self._processor.image(observation)),
+            np.zeros(0, np.float32) if values is None else values.astype(np.float32),
+            step.action.astype(np.float32),
+        )
+
+
+def write_sft(directory: Path, rollouts: Iterable[Rollout[SftStep]]) -> None:
+    """Write shards of episodes into a directory that is there and empty."""
+    waiting: list[Episode] = []
+    number = 0
+    for rollout in rollouts:
+        waiting.append(_episode(rollout))
+        if len(waiting) == EPISODES_PER_SHARD:
+            write_shard(_shard(directory, number), waiting)
+            waiting, number = [], number + 1
+    if waiting:
+        write_shard(_shard(directory, number), waiting)
+
+
+def _shard(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:05d}.safetensors"
+
+
+def _episode(rollout: Rollout[SftStep]) -> Episode:
+    pngs, proprioception, actions = zip(*rollout.steps, strict=True)
+    # No simulator tells where the things are.
+    grounding = np.full((len(pngs), 1), np.nan, np.float32)
+    return Episode(
+        list(pngs), np.stack(proprioception), np.stack(actions), grounding, rollout.facts
+    )
