@@ -186,6 +186,11 @@ def differences_to_profile(profile: RobotProfile, report: BagReport) -> list[str
             problems.append(
                 f"{name} is a {topic.type}; the profile's {expected.role} is a {expected.type}"
             )
+        if expected.min_rate is not None and topic.rate < expected.min_rate:
+            problems.append(
+                f"{name} came at {topic.rate:.1f} Hz; the min_rate of the profile's"
+                f" {expected.role} is {expected.min_rate:g} Hz"
+            )
         silence = max(topic.longest_interval, topic.silence_at_end)
         if expected.max_age is not None and silence > expected.max_age:
             problems.append(
