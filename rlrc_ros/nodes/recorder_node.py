@@ -60,18 +60,19 @@ class RecorderNode(Node):
             self, "preroll", 1.0, "s before an episode that its bag begins; 0: not before", 0.0, 60
         )
         self._output_dir = Path(directory).expanduser().resolve()
-        of_profile = (
-            [topic.topic for topic in profile_topics(self._profile)] if self._profile else []
-        )
-        if profile_only and not of_profile:
+        if profile_only and self._profile is None:
             raise UserError("parameter profile_topics_only: name a robot's profile as well")
         # Without the policies: their paths would tell who is who in a blinded trial.
         self._robot = asdict(replace(self._profile, policies={})) if self._profile else {}
-        self._expected = [self.resolve_topic_name(topic) for topic in [*topics, *of_profile]]
+        if self._profile is not None and (profile_only or not topics):
+            robots = [topic.topic for topic in profile_topics(self._profile)]
+        else:
+            robots = []
+        self._expected = [self.resolve_topic_name(topic) for topic in [*topics, *robots]]
         """Said to be missing where nobody publishes them."""
-        self._wanted = set(self._expected) if topics or profile_only else set()
-        if profile_only:
-            self._wanted |= {self.resolve_topic_name(topic) for topic in OWN_TOPICS}
+        own = [self.resolve_topic_name(topic) for topic in OWN_TOPICS] if profile_only else []
+        self._wanted = {*self._expected, *own} if topics or profile_only else set()
+        """Empty: every topic."""
         self._preroll = preroll
         self._recording: Recording | None = None
         self._topics = Topics(self, self._is_wanted, Preroll(preroll) if preroll else None)

@@ -17,32 +17,32 @@ class ProfileTopic(NamedTuple):
     """A topic that a profile names."""
 
     topic: str
-    """Absolute; relative ones of the profile taken for those of the root namespace."""
+    """As the profile names it: relative to the robot's namespace, or absolute."""
     role: str
     """Its key in the profile."""
     type: str
     """As in sensor_msgs/msg/Image; empty where more than one will do."""
     max_age: float | None
     """s that the source may be silent; None where the profile sets no limit."""
+    min_rate: float | None = None
+    """Hz that it should keep; None like `max_age`."""
 
 
 def profile_topics(profile: RobotProfile) -> list[ProfileTopic]:
     """The topics of a profile."""
     topics = [
-        ProfileTopic(_absolute(camera.topic), f"cameras.{name}", _image(camera), camera.max_age)
+        ProfileTopic(
+            camera.topic, f"cameras.{name}", _image(camera), camera.max_age, camera.min_rate
+        )
         for name, camera in profile.cameras.items()
     ]
     joints = profile.joint_states
     kind = "sensor_msgs/msg/JointState"
-    topics.append(ProfileTopic(_absolute(joints.topic), "joint_states", kind, joints.max_age))
+    topics.append(ProfileTopic(joints.topic, "joint_states", kind, joints.max_age, joints.min_rate))
     for role in ("ee_pose", "ee_command", "gripper_command"):
         kind = "geometry_msgs/msg/PoseStamped" if role == "ee_pose" else ""
-        topics.append(ProfileTopic(_absolute(getattr(profile, role)), role, kind, None))
+        topics.append(ProfileTopic(getattr(profile, role), role, kind, None))
     return topics
-
-
-def _absolute(topic: str) -> str:
-    return "/" + topic.lstrip("/")
 
 
 def _image(camera: CameraSource) -> str:

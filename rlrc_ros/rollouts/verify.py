@@ -170,24 +170,31 @@ def mcap_files(directory: Path) -> list[Path]:
 def differences_to_profile(profile: RobotProfile, report: BagReport) -> list[str]:
     """What a robot's profile names and its bag lacks, one line each.
 
+    Topics that the profile names relatively are looked for in the root namespace.
+
     A source that was silent for longer than its `max_age` is one: a policy could not act then.
     """
     topics = {topic.topic: topic for topic in report.topics}
     problems = []
     for expected in profile_topics(profile):
-        topic = topics.get(expected.topic)
+        name = "/" + expected.topic.lstrip("/")
+        topic = topics.get(name)
         if topic is None or not topic.messages:
-            problems.append(f"{expected.topic} ({expected.role} of the profile) is not in the bag")
+            problems.append(f"{name} ({expected.role} of the profile) is not in the bag")
             continue
         if expected.type and topic.type != expected.type:
             problems.append(
-                f"{expected.topic} is a {topic.type}; the profile's {expected.role} is a "
-                f"{expected.type}"
+                f"{name} is a {topic.type}; the profile's {expected.role} is a {expected.type}"
+            )
+        if expected.min_rate is not None and topic.rate < expected.min_rate:
+            problems.append(
+                f"{name} came at {topic.rate:.1f} Hz; the min_rate of the profile's"
+                f" {expected.role} is {expected.min_rate:g} Hz"
             )
         silence = max(topic.longest_interval, topic.silence_at_end)
         if expected.max_age is not None and silence > expected.max_age:
             problems.append(
-                f"{expected.topic} was silent for up to {silence:.3f} s, {topic.rate:.1f} Hz all in"
+                f"{name} was silent for up to {silence:.3f} s, {topic.rate:.1f} Hz all in"
                 f" all; the max_age of the profile's {expected.role} is {expected.max_age:g} s"
             )
     return problems

@@ -243,7 +243,7 @@ def test_a_publisher_of_lesser_qos_that_comes_later_is_heard(ros, recorder):
 
 
 def test_only_the_listed_topics_are_recorded_and_missing_ones_are_named(ros, start, tmp_path):
-    recorder = Recorder(ros, start, tmp_path / "bags", topics="[wanted, absent]")
+    recorder = Recorder(ros, start, tmp_path / "bags", topics="[wanted, absent]", profile="sim")
     wanted = ros.node.create_publisher(String, "wanted", 10)
     ros.node.create_publisher(String, "other", 10)
     uri = Path(recorder.start().uri)
