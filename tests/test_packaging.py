@@ -27,6 +27,7 @@ DISTRIBUTIONS = {
     "backports": "backports.zstd",
     "cv2": "opencv-python",
     "cv_bridge": "cv-bridge",
+    "fpdf": "fpdf2",
     "stable_baselines3": "stable-baselines3",
     "torch_pruning": "torch-pruning",
     "yaml": "pyyaml",
