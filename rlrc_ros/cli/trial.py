@@ -23,6 +23,7 @@ HELP = "run a blinded A/B trial: plan, run, unblind, report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to do, each with its own arguments."""
+    parser.epilog = "Every action takes --json."
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:

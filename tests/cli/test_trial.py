@@ -139,6 +139,26 @@ def test_status_correct_unblind_and_report(rlrc, refused, trial):
     assert (trial / "report.pdf").read_bytes().startswith(b"%PDF-")
 
 
+def test_three_arms_get_a_report_for_each_candidate(rlrc, draft, tmp_path):
+    arms = {"original": "tabletop-original", "a": "tabletop-compressed", "b": "tabletop-original"}
+    rlrc("trial", "plan", draft(arms=arms, pairs=3), "--out", tmp_path / "plan.yaml")
+    with TrialSession.create(tmp_path / "trial", read_plan(tmp_path / "plan.yaml")) as session:
+        while session.state == "ready":
+            number = session.start().number
+            session.stop(number, Ended(termination_reason="finished"))
+            session.label(number, "success")
+        session.unblind()
+    status, out, _ = rlrc("trial", "report", tmp_path / "trial", "--json")
+    told = json.loads(out)
+    assert status == 0 and set(told) == {"a", "b"}
+    for name in told:
+        assert told[name]["trial"]["alpha"] == 0.025
+        assert told[name]["trial"]["comparison"]["pairs"] == 3
+        page = (tmp_path / "trial" / f"report-{name}.html").read_text()
+        assert "shared by 2 candidates (Bonferroni)" in page
+        assert "Arms have the same bundle" in page
+
+
 def test_begin_draws_and_run_goes_on(rlrc, refused, draft, tmp_path):
     plan = tmp_path / "plan.yaml"
     rlrc("trial", "plan", draft(), "--out", plan)

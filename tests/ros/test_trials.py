@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -166,6 +167,51 @@ def test_a_trial_whose_process_is_killed_goes_on_at_the_same_step(
             assert [r.outcome for r in session.records()] == ["failure", "failure", "success"]
     bags = {json.loads(p.read_text())["episode_id"] for p in directory.glob("bags/*/episode.json")}
     assert bags >= {trial.episode_id for trial in read_trial(directory).trials[1:]}
+
+
+def test_a_person_at_a_terminal_is_led_through_a_trial(ros_environment, plan, profile, tmp_path):
+    directory = tmp_path / "trial"
+    plan = dataclasses.replace(plan, max_duration=60.0, exclusions=("a cable came loose",))
+    with TrialSession.create(directory, plan) as session:
+        specs = trial_nodes(session, profile)
+    ours, theirs = pty.openpty()
+    output = tmp_path / "output"
+    command = [BIN / "rlrc", "trial", "run", directory, "--attach", "--operator", "ann"]
+
+    def says(words, times=1):
+        deadline = time.monotonic() + 300
+        while output.read_text().count(words) < times:
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+
+    def type_(keys):
+        os.write(ours, keys.encode())
+
+    with running_nodes(specs, directory / LOGS), output.open("w") as file:
+        process = subprocess.Popen(command, stdin=theirs, stderr=file, stdout=file)
+        with process:
+            says("[enter] start")
+            type_("\n")
+            says("[space] stop the arm")
+            type_("d")
+            says("finished after")
+            type_("p\n40\nnearly\n")
+            says("[enter] start", 2)
+            type_("c\ns\nlooked again\n\n")
+            says("[space] stop the arm", 2)
+            type_(" ")
+            says("operator_stop after")
+            type_("x\n1\n\n")
+            says("[enter] start", 4)
+            type_("q\n")
+            assert process.wait(60) == 0
+    first, second = read_trial(directory).trials
+    labels = [(label.outcome, label.score, label.operator) for label in first.labels]
+    assert labels == [("partial", 40.0, "ann"), ("success", None, "ann")]
+    assert (first.labels[0].notes, first.labels[1].reason) == ("nearly", "looked again")
+    assert (second.termination_reason, second.excluded) == ("operator_stop", "a cable came loose")
+    assert read_trial(directory).current().index == 1
+    assert not any(name in output.read_text() for name in plan.arms)
 
 
 def test_a_bundle_that_is_not_there_ends_in_one_line(ros_environment, plan, profile, tmp_path):
