@@ -16,6 +16,7 @@ HELP = "verify, repair and export recorded episodes"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to do, and with which bag."""
+    parser.epilog = "Every action takes --json."
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     helps = {
         "verify": "is it whole, and what is in it; exit status 1 where something is wrong",

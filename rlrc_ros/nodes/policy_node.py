@@ -394,8 +394,10 @@ class PolicyNode(LifecycleNode):
         assert episode is not None
         twist, gripper = action_to_twist(action, episode.policy.config.control_rate)
         self._last_gripper = gripper
-        # Only the first command after a look was computed for the moment that it shows.
-        looked, self._looked = self._looked, {}
+        # Only the first command that comes from a look was computed for the moment that it shows.
+        looked: dict[str, int] = {}
+        if self._looked and min(self._looked.values()) == stamp_ns:
+            looked, self._looked = self._looked, {}
         self._publish_command(episode, twist, gripper, stamp_ns, step, looked)
 
     def _command_stop(self, episode: Episode) -> None:
