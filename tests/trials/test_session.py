@@ -453,7 +453,7 @@ def test_reference_images_are_copied_and_checked(bundles, tmp_path):
     )
     draft = Draft(
         name="real",
-        robot="servo_arm",
+        robot="ur5e",
         margin=0.2,
         max_duration=5.0,
         pairs=2,
