@@ -34,10 +34,8 @@ class RecorderClient:
 
     def __init__(self, node: Node, on_lost: Callable[[str], None]) -> None:
         self._node, self._on_lost = node, on_lost
-        self._clients: dict[Any, Client[Any, Any]] = {
-            StartRecording: node.create_client(StartRecording, "recorder/start"),
-            StopRecording: node.create_client(StopRecording, "recorder/stop"),
-        }
+        self._start: Client[Any, Any] = node.create_client(StartRecording, "recorder/start")
+        self._stop: Client[Any, Any] = node.create_client(StopRecording, "recorder/stop")
         self._episode_id = ""
         """Of the recording that goes on; empty where none does."""
         self._heard = 0.0
@@ -67,7 +65,7 @@ class RecorderClient:
             UserError: the recorder is missing, silent or refuses.
         """
         self._patience = PATIENCE
-        response = await self._ask(StartRecording, request)
+        response = await self._ask(self._start, request)
         if not response.success:
             raise UserError(f"the recorder: {response.message}")
         self._episode_id, self._heard = request.episode_id, time.monotonic()
@@ -78,7 +76,7 @@ class RecorderClient:
         self._episode_id = ""
         try:
             request = StopRecording.Request(termination_reason=termination_reason)
-            response = await self._ask(StopRecording, request)
+            response = await self._ask(self._stop, request)
         except UserError as error:
             return str(error)
         return "" if response.success else response.message
@@ -98,8 +96,7 @@ class RecorderClient:
         self._node.destroy_timer(timer)
         return bool(ready)
 
-    async def _ask(self, service: Any, request: Any) -> Any:
-        client = self._clients[service]
+    async def _ask(self, client: Client[Any, Any], request: Any) -> Any:
         if not await self._found(client):
             name = self._node.resolve_service_name(client.srv_name)
             raise UserError(f"there is no {name}; start recorder_node, or set record to false")
@@ -108,8 +105,5 @@ class RecorderClient:
         response = await future
         self._node.destroy_timer(timer)
         if response is None:
-            # It may have asked a recorder that is dead: the next one shall be found afresh.
-            self._clients[service] = self._node.create_client(service, client.srv_name)
-            self._node.destroy_client(client)
             raise UserError(f"{client.srv_name} did not answer within {self._patience:g} s")
         return response
