@@ -14,7 +14,7 @@ demo: env
 	$(BIN)/rlrc demo --out runs/demo
 
 test: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

@@ -174,7 +174,7 @@ def test_an_architecture_with_random_weights(rlrc, small_shape, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name either policies with --policy or an architecture with --shape"),
+        ([], "name either policies with --policy, or an architecture with --shape, or --ros"),
         (["--shape", "openvla-7b", "--variants", "full,tiny"], "there is no variant 'tiny'; there"),
         (["--shape", "openvla-70b"], "invalid choice: 'openvla-70b'"),
     ],

@@ -1,6 +1,7 @@
 """What the verbs say about policies that are missing, damaged, or make no sense."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_device_that_is_not_there(refused, policies, tmp_path, verb):
 @pytest.mark.parametrize("verb", ["sft", "prune", "rl", "quantize"])
 def test_a_quantized_policy_cannot_be_trained(refused, policies, tmp_path, verb):
     words = command(verb, policies / "tabletop-compressed", tmp_path, policies)
-    assert "is quantized; train its parent instead" in refused(*words)
+    assert re.search("is quantized; (train|quantize) its parent instead", refused(*words))
 
 
 def test_inspect_tells_all_as_json(rlrc, shipped):

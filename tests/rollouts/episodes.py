@@ -60,6 +60,7 @@ def command(ns, episode_id, step, looked, speed=0.1, gripper=1.0):
         observation_stamp=time(min(looked.values(), default=ns)),
         observed_sources=list(looked),
         observed_stamps=[time(stamp) for stamp in looked.values()],
+        period=0.0,
         twist=twist,
         gripper=gripper,
         policy_label="A",
