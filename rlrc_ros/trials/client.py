@@ -217,8 +217,8 @@ class RobotClient:
                 stopped = True
                 handle.cancel_goal_async()
             elif not finished and not stopped and (success or should_finish()):
-                finished = True
-                self._call("policy/finish_episode")
+                # Refused while the episode is not there yet: asked again then.
+                finished = self._call("policy/finish_episode").success
         duration = time.monotonic() - began
         return EpisodeOutcome(result.result().result, success, duration, _rise(before, self._guard))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import termios
@@ -56,9 +57,9 @@ class Operator:
                 return False
             if answer == "c":
                 self._correct()
-        self._say("running; [space] stop the arm, [d] the episode is over")
         pressed: set[str] = set()
         with _keys() as keys:
+            self._say("running; [space] stop the arm, [d] the episode is over")
 
             def has(key: str) -> bool:
                 pressed.update(keys())
@@ -140,11 +141,13 @@ class Operator:
 def _keys() -> Iterator[Callable[[], str]]:
     """Keys that were pressed since the last call, without waiting for enter."""
     before = termios.tcgetattr(sys.stdin)
-    tty.setcbreak(sys.stdin)
+    # What is already typed stays: it may be the key that stops the arm.
+    tty.setcbreak(sys.stdin, termios.TCSANOW)
+    terminal = sys.stdin.fileno()
 
     def pressed() -> str:
-        ready, _, _ = select.select([sys.stdin], [], [], 0)
-        return sys.stdin.read(1).lower() if ready else ""
+        ready, _, _ = select.select([terminal], [], [], 0)
+        return os.read(terminal, 64).decode(errors="ignore").lower() if ready else ""
 
     try:
         yield pressed

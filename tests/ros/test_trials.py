@@ -142,7 +142,7 @@ def test_a_trial_whose_process_is_killed_goes_on_at_the_same_step(
     with running_nodes(specs, directory / LOGS):
         command = [BIN / "rlrc", "trial", "run", directory, "--attach", "--unattended"]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 120
             while not (trials := read_trial(directory).trials):
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
