@@ -13,11 +13,10 @@ then, beside it, the operator's side, as often as it takes:
 from pathlib import Path
 
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
-from launch.substitutions import LaunchConfiguration
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch_ros.actions import Node
 
-from rlrc_ros import bringup
+from rlrc_ros import bringup, launching
 from rlrc_ros.profile import load_profile
 from rlrc_ros.trials import seal
 from rlrc_ros.trials.session import read_trial
@@ -29,37 +28,21 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             DeclareLaunchArgument("dir", description="the trial's directory"),
-            DeclareLaunchArgument(
-                "dry_run",
-                default_value="false",
-                choices=["true", "false"],
-                description="true: the command guard sends nothing to the controllers",
-            ),
+            *launching.arguments("device", "dry_run", "use_sim_time"),
             OpaqueFunction(function=_nodes),
         ]
     )
 
 
 def _nodes(context: LaunchContext) -> list[Node]:
-    def argument(name: str) -> str:
-        return LaunchConfiguration(name).perform(context).strip()
-
-    directory = Path(argument("dir")).expanduser().resolve()
-    plan = read_trial(directory).plan
-    specs = bringup.nodes(
-        load_profile(plan.robot),
-        output_dir=str(directory / BAGS),
-        sealed=str(directory / seal.FILE),
-        dry_run=argument("dry_run") == "true",
-    )
-    return [
-        Node(
-            package="rlrc",
-            executable=spec.executable,
-            ros_arguments=spec.ros_arguments(),
-            additional_env=bringup.TRANSPORT_ENVIRONMENT,
-            output="screen",
-            on_exit=Shutdown(),
+    directory = Path(launching.argument(context, "dir")).expanduser().resolve()
+    return launching.actions(
+        bringup.nodes(
+            load_profile(read_trial(directory).plan.robot),
+            output_dir=str(directory / BAGS),
+            sealed=str(directory / seal.FILE),
+            device=launching.argument(context, "device"),
+            dry_run=launching.argument(context, "dry_run") == "true",
+            use_sim_time=launching.argument(context, "use_sim_time") == "true",
         )
-        for spec in specs
-    ]
+    )

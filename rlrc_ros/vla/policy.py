@@ -232,7 +232,7 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `unrolled` on a CPU, else `graph`.
+        engine: `auto` takes `unrolled` on a CPU, else `eager`; `graph` has yet to be run on a GPU.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -251,7 +251,7 @@ def load_policy(
     bundle = open_bundle(policy, unnorm_key)
     on_cpu = target.type == "cpu"
     if engine == "auto":
-        engine = "unrolled" if on_cpu else "graph"
+        engine = "unrolled" if on_cpu else "eager"
     if engine in ("unrolled", "openvino") and not on_cpu:
         raise UserError(f"the {engine} engine runs on a CPU only; take engine 'graph' or 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
