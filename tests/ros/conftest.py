@@ -1,9 +1,10 @@
-"""Real nodes as real processes over real DDS, in a domain of this test session's own."""
+"""Real nodes as real processes over real DDS, each module of tests in a domain of its own."""
 
 import contextlib
 import fcntl
 import importlib.util
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -32,9 +33,9 @@ DISCOVERY_TIME = 20.0
 """How long processes may take to start and to find each other on a busy machine, in s."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ros_environment(tmp_path_factory):
-    """Environment variables for every process of this session, set in this one too."""
+    """Environment variables for every process of this module's tests, set in this one too."""
     with contextlib.ExitStack() as stack:
         variables = {
             **TRANSPORT_ENVIRONMENT,
@@ -52,15 +53,24 @@ def ros_environment(tmp_path_factory):
                 os.environ[name] = before[name]
 
 
+_used_domains = set()
+
+
 def _free_domain(stack):
-    """A domain no other test session on this machine has; from 102 on ports may collide."""
-    for domain in range(1, 102):
+    """A domain that nobody on this machine tests in, at random; from 102 on ports may collide.
+
+    Never one of before: processes that were killed there have left shared memory behind, on which
+    those that come after may wait in vain for each other.
+    """
+    domains = [domain for domain in range(1, 101) if domain not in _used_domains]
+    for domain in random.sample(domains, len(domains)):
         path = Path(tempfile.gettempdir()) / f"rlrc_test_domain_{domain}.lock"
         lock = stack.enter_context(path.open("w"))
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _used_domains.add(domain)
             return domain
-    pytest.fail("101 test sessions hold every ROS domain")
+    pytest.fail("other test sessions hold every ROS domain")
 
 
 class Process:

@@ -1,6 +1,7 @@
 """What breaks while an episode is recorded: the arm stops, it is said why, the bag is kept."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -254,7 +255,22 @@ DISCOVERY_SERVER = """<?xml version="1.0" encoding="UTF-8"?>
 SERVE = "import rclpy, time; rclpy.init(); node = rclpy.create_node('server'); time.sleep(100)"
 
 
-def test_nodes_that_find_each_other_ten_seconds_late(ros_environment, start, tmp_path, monkeypatch):
+ALONE = "RLRC_TEST_ALONE"
+
+
+def test_nodes_that_find_each_other_ten_seconds_late():
+    """In a process of its own: one that had a discovery server once finds nobody without it."""
+    name = test_alone_nodes_that_find_each_other_ten_seconds_late.__name__
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", f"{__file__}::{name}"]
+    environment = os.environ | {ALONE: "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(ALONE not in os.environ, reason="run by the test before it")
+def test_alone_nodes_that_find_each_other_ten_seconds_late(
+    ros_environment, start, tmp_path, monkeypatch
+):
     """They find nobody before a discovery server, and that is late."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_port:
         any_port.bind(("127.0.0.1", 0))
