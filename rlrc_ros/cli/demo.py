@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "made anew",
     )
     parser.add_argument(
-        "--pairs", type=whole_number(2), default=8, help="scenes to try both in (default 8)"
+        "--pairs", type=whole_number(2), default=10, help="scenes to try both in (default 10)"
     )
     parser.add_argument(
         "--seed", type=seed, default=900_000, help="the first scene's seed (default 900000)"
