@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlrc_ros.cli.bench import INSTRUCTION, ratio_interval, synthetic_observation, timed
 from rlrc_ros.errors import UserError
 from rlrc_ros.files import write_atomically
+from rlrc_ros.timing import INSTRUCTION, interleaved, percentiles, ratio_interval
 from rlrc_ros.vla.bundle import open_bundle, resolve
 from rlrc_ros.vla.policy import load_policy
 from training import prune, quantize, sft
@@ -43,8 +42,6 @@ from training.study_config import Cell, EnvironmentConfig, StudyConfig, slug
 from training.study_report import write_report
 
 Say = Callable[[str], None]
-WARM_UP_ROUNDS = 5
-OBSERVATIONS = 8
 
 
 class Study:
@@ -199,25 +196,16 @@ class Study:
         torch.set_num_threads(1)
         try:
             both = [load_policy(path, str(self.device)) for path in (self._policy, policy)]
-            seen = [
-                [synthetic_observation(p.config, INSTRUCTION, i) for i in range(OBSERVATIONS)]
-                for p in both
-            ]
-            order, times = random.Random(0), []
-            for number in range(WARM_UP_ROUNDS + self.config.latency_rounds):
-                row = [0.0, 0.0]
-                for i in order.sample(range(2), 2):
-                    row[i] = timed(both[i], seen[i][number % OBSERVATIONS])
-                times.append(row)
+            times = list(interleaved(both, INSTRUCTION, self.config.latency_rounds))
         finally:
             torch.set_num_threads(threads)
-        original, own = np.array(times[WARM_UP_ROUNDS:]).T.tolist()
-        p50, p99 = np.percentile(own, [50, 99])
+        original, own = np.array(times).T.tolist()
+        p50, p99 = percentiles(own)
         held = [p.weight_bytes() for p in both]
         return {
             "device": str(self.device),
             "engine": both[1].engine.name,
-            "latency_ms": {"p50": float(p50), "p99": float(p99)},
+            "latency_ms": {"p50": p50, "p99": p99},
             "latency_of_original": float(p50 / np.median(original)),
             "latency_of_original_ci95": list(ratio_interval(own, original)),
             "memory_bytes": {name: held[1][name] for name in ("llm", "total")},

@@ -65,8 +65,8 @@ def _seconds(most: float) -> Callable[[str], float]:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from rlrc_ros.cli.bench import machine
     from rlrc_ros.ros_bench.run import Plan, measure
+    from rlrc_ros.timing import machine
 
     policies = arguments.policy or [POLICY]
     if len(policies) > 1:

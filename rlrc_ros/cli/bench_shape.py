@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlrc_ros.cli.bench import percentiles, ratio_interval
 from rlrc_ros.errors import UserError
+from rlrc_ros.timing import percentiles, ratio_interval
 from rlrc_ros.vla import matrices
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.config import (

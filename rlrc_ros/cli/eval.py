@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlrc_ros.cli.arguments import seed, whole_number
-from rlrc_ros.cli.bench import percentiles, synthetic_observation, timed
 from rlrc_ros.cli.output import emit
+from rlrc_ros.timing import percentiles, synthetic_observation, timed
 
 if TYPE_CHECKING:
     from training.evaluate import EpisodeResult, Evaluation

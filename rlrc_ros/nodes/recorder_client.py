@@ -8,7 +8,6 @@ from typing import Any
 
 from rclpy.client import Client
 from rclpy.node import Node
-from rclpy.task import Future
 from rlrc.msg import RecorderStatus
 from rlrc.srv import StartRecording, StopRecording
 
@@ -81,23 +80,8 @@ class RecorderClient:
             return str(error)
         return "" if response.success else response.message
 
-    async def _found(self, client: Client[Any, Any]) -> bool:
-        found: Future[bool] = Future(executor=self._node.executor)
-        deadline = time.monotonic() + DISCOVERY_TIME
-
-        def look() -> None:
-            ready = client.service_is_ready()
-            if not found.done() and (ready or time.monotonic() > deadline):
-                found.set_result(ready)
-
-        look()
-        timer = self._node.create_timer(0.05, look, clock=common.STEADY_CLOCK)
-        ready = await found
-        self._node.destroy_timer(timer)
-        return bool(ready)
-
     async def _ask(self, client: Client[Any, Any], request: Any) -> Any:
-        if not await self._found(client):
+        if not await common.until(self._node, client.service_is_ready, DISCOVERY_TIME):
             name = self._node.resolve_service_name(client.srv_name)
             raise UserError(f"there is no {name}; start recorder_node, or set record to false")
         future = client.call_async(request)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrc_ros.cli.bench import percentiles, ratio_interval, synthetic_observation, timed
+from rlrc_ros.timing import percentiles, ratio_interval, synthetic_observation, timed
 from rlrc_ros.vla import load_policy
 
 times = st.lists(st.floats(0.1, 100), min_size=10, max_size=40)

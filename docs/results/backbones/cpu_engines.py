@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from rlrc_ros.cli.bench import machine, ratio_interval
+from rlrc_ros.timing import machine, ratio_interval
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
     ArchitectureConfig,

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlrc_ros.cli.bench import machine
 from rlrc_ros.files import write_atomically
+from rlrc_ros.timing import machine
 from rlrc_ros.vla import quantization
 from rlrc_ros.vla.config import (
     ArchitectureConfig,
