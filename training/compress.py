@@ -22,6 +22,7 @@ from typing import Any
 
 from rlrc_ros.files import write_atomically
 from rlrc_ros.vla.inspection import inspect
+from rlrc_ros.vla.openvla import OpenVLA
 from training import prune, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
 from training.common import claim, forget_checkpoints, pick_device, seed_everything
@@ -122,10 +123,18 @@ class Pipeline:
         return self._sft(self.config.sft, trainable, "original")
 
     def _recover(self, trainable: Trainable) -> dict[str, Any]:
-        return self._sft(self.config.recovery, trainable, "recovered", "original")
+        config, teacher = self.config.recovery, None
+        if config.distillation:
+            teacher = load_trainable(self.out / "original", self.device).model
+        return self._sft(config, trainable, "recovered", "original", teacher=teacher)
 
     def _sft(
-        self, config: SftConfig, trainable: Trainable, name: str, *stages: str
+        self,
+        config: SftConfig,
+        trainable: Trainable,
+        name: str,
+        *stages: str,
+        teacher: OpenVLA | None = None,
     ) -> dict[str, Any]:
         work = self.out / "work" / name
         return sft.run(
@@ -136,6 +145,7 @@ class Pipeline:
             device=self.device,
             work=work,
             latency=self._latency,
+            teacher=teacher,
         )
 
     def _prune(self, trainable: Trainable) -> dict[str, Any]:

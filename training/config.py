@@ -131,13 +131,23 @@ class SftConfig:
     What keeps a policy that learns from pixels alone from knowing its demonstrations by heart
     (Mandlekar et al., arXiv 2108.03298).
     """
+    distillation: float = 0.0
+    """Share of the loss that imitates another policy's distribution over the tokens (its teacher's)
+    instead of the demonstrated action: a target that is the same function of what is seen in all
+    scenes leaves less to know by heart (Hinton et al., arXiv 1503.02531; Beyer et al., arXiv
+    2106.05237)."""
+    freeze_vision: bool = False
+    """Leave the vision towers as they are: a pruned policy's have seen more than a recovery
+    shows."""
     corrections: tuple[CorrectionsConfig, ...] = ()
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
         positive = "steps batch_size learning_rate max_grad_norm checkpoint_every"
         natural = "warmup_steps weight_decay average label_width grounding brightness shift"
-        _check("sft", self, positive=positive, natural=natural)
+        _check("sft", self, positive=positive, natural=f"{natural} distillation")
+        if self.distillation > 1:
+            raise UserError("sft: 'distillation' is a share, at most 1")
         for corrections in self.corrections:
             if corrections.at_step >= self.steps:
                 raise UserError(

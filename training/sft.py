@@ -111,6 +111,15 @@ class DemonstrationBatches:
         self._ids = ids.to(self._device)
         self._mask = None if mask is None else mask.to(self._device)
 
+    def __len__(self) -> int:
+        """How many steps there are."""
+        return len(self._steps["bins"])
+
+    @property
+    def one_length(self) -> bool:
+        """Whether all prompts have the same length, so that no batch has a mask."""
+        return self._mask is None
+
     @property
     def grounding_size(self) -> int:
         """How many grounding values a step has."""
@@ -124,7 +133,7 @@ class DemonstrationBatches:
         """
         # Drawn on the device: a copy to it would wait for everything before.
         steps = self._steps
-        rows = torch.randint(len(steps["bins"]), (size,), device=self._device)
+        rows = torch.randint(len(self), (size,), device=self._device)
         prompts = steps["prompts"][rows]
         images = steps["images"][rows]
         if shift:
@@ -191,20 +200,71 @@ class Losses:
     grounding: Tensor
 
 
-def sft_losses(model: OpenVLA, head: GroundingHead, batch: Batch, config: SftConfig) -> Losses:
-    """Cross-entropy, softened if the configuration says so, and the weighted grounding loss."""
+def sft_losses(
+    model: OpenVLA,
+    head: GroundingHead,
+    batch: Batch,
+    config: SftConfig,
+    teacher: OpenVLA | None = None,
+) -> Losses:
+    """Cross-entropy, softened if the configuration says so, and the weighted grounding loss.
+
+    With a teacher, the configured share of the cross-entropy is that with the teacher's
+    distributions.
+    """
     logits, state = model(batch.inputs, batch.bins)
     flat, bins = logits.flatten(0, 1).float(), batch.bins.flatten()
     targets = bins
     if config.label_width:
         distance = torch.arange(flat.shape[1], device=flat.device) - bins[:, None]
         targets = (-0.5 * (distance / config.label_width) ** 2).softmax(-1)
+    imitation = F.cross_entropy(flat, targets)
+    if teacher is not None:
+        with torch.no_grad():
+            told = teacher(batch.inputs, batch.bins)[0].flatten(0, 1).float().softmax(-1)
+        imitation = torch.lerp(imitation, F.cross_entropy(flat, told), config.distillation)
     grounding = head.loss(state, batch.grounding)
     return Losses(
-        F.cross_entropy(flat, targets) + config.grounding * grounding,
+        imitation + config.grounding * grounding,
         (flat.argmax(-1) == bins).float().mean(),
         grounding,
     )
+
+
+class CapturedStep:
+    """A training step that becomes one CUDA graph, so that the GPU never waits for the host.
+
+    Small policies take less time on a GPU than Python takes to launch their kernels.
+
+    Args:
+        step: draws its batch and its randomness on the device, and takes numbers that change from
+            step to step from tensors; returns a tensor.
+    """
+
+    WARM_UP = 4
+    """Steps outside a graph first: what is compiled or allocated once is by then."""
+
+    def __init__(self, step: Callable[[], Tensor]) -> None:
+        self._step, self._key, self._left = step, object(), self.WARM_UP
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, key: object) -> Tensor:
+        """Take one step; captured anew when `key` differs from the one before."""
+        if key != self._key:
+            self._key, self._left, self._graph = key, self.WARM_UP, None
+        if self._left:
+            self._left -= 1
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                result = self._step()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return result
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._result = self._step()
+        self._graph.replay()
+        return self._result
 
 
 class Trainer:
@@ -218,6 +278,10 @@ class Trainer:
         work: directory for the log (`log.csv`) and the checkpoint.
         correct: called with the number of a corrections round and the averaged policy when that
             round is due; adds it to the batches. Must not collect again what was collected before.
+        teacher: whom `config.distillation` imitates; on the device.
+
+    Raises:
+        UserError: the configuration distils, and there is no teacher.
     """
 
     def __init__(
@@ -228,20 +292,32 @@ class Trainer:
         device: torch.device,
         work: Path,
         correct: Callable[[int, OpenVLA], None] | None = None,
+        teacher: OpenVLA | None = None,
     ) -> None:
+        if config.distillation and teacher is None:
+            raise UserError("sft: 'distillation' needs a teacher; name its bundle with --teacher")
+        self._teacher = teacher if config.distillation else None
+        model.vision_backbone.requires_grad_(not config.freeze_vision)
         self._model, self._batches, self._config, self._device = model, batches, config, device
         self._work, self._collect = work, correct
         self._head = GroundingHead(
             model.config.decoder.hidden_size, batches.grounding_size, device=device
         )
         self._learnt = nn.ModuleDict({"model": model, "head": self._head})
+        on_gpu = device.type == "cuda"
+        # Tensors, so that a captured step sees what they are by then.
+        self._learning_rate = torch.tensor(config.learning_rate, device=device)
+        self._follow = torch.ones((), device=device)
+        self._learning = [p for p in self._learnt.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self._learnt.parameters(),
-            lr=config.learning_rate,
+            self._learning,
+            lr=self._learning_rate if on_gpu else config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.95),
-            fused=device.type == "cuda",
+            fused=on_gpu,
+            capturable=on_gpu,
         )
+        self._captured = CapturedStep(self._step_on_batch) if on_gpu else None
         self._current = model.state_dict()
         self._average = {name: value.clone() for name, value in self._current.items()}
         self._step = 0
@@ -255,9 +331,10 @@ class Trainer:
         config, model, device = self._config, self._model, self._device
         if device.type == "cuda":
             # Layer by layer: the same few kernels serve all, and compiling takes seconds.
-            tower = model.vision_backbone.featurizer
-            for block in (*tower.blocks, *model.language_model.model.layers):
-                block.compile(dynamic=False)
+            for policy in (model, *([self._teacher] if self._teacher else [])):
+                tower = policy.vision_backbone.featurizer
+                for block in (*tower.blocks, *policy.language_model.model.layers):
+                    block.compile(dynamic=False)
         every = max(1, config.steps // 100)
         began = time.perf_counter()
         model.train()
@@ -265,9 +342,7 @@ class Trainer:
         steps = range(first, config.steps)
         for self._step in tqdm(steps, "sft", initial=first, total=config.steps, unit="step"):
             self._correct(first)
-            losses = self._update()
-            seen = torch.stack([losses.total, losses.token_accuracy, losses.grounding])
-            self._sums += seen.detach()
+            self._sums += self._update()
             if (self._step + 1) % every == 0:
                 names = ("loss", "token_accuracy", "grounding_loss")
                 self._metrics = dict(zip(names, (self._sums / every).tolist(), strict=True))
@@ -278,26 +353,42 @@ class Trainer:
             if (self._step + 1) % config.checkpoint_every == 0:
                 self._save()
         model.load_state_dict(self._average)
-        model.eval()
+        model.eval().requires_grad_(True)
         return self._metrics
 
-    def _update(self) -> Losses:
+    def _update(self) -> Tensor:
+        """One step; the losses as they are logged, (3,)."""
         config = self._config
+        self._set_learning_rate(config.learning_rate * schedule(self._step, config))
+        # Early on the average follows faster, or it would remember the initial weights.
+        self._follow.fill_(1 - min(config.average, (1 + self._step) / (10 + self._step)))
+        if self._captured and self._batches.one_length:
+            return self._captured(key=len(self._batches))
+        return self._step_on_batch()
+
+    def _set_learning_rate(self, value: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(self._step, config)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+    def _step_on_batch(self) -> Tensor:
+        config = self._config
         batch = self._batches.sample(config.batch_size, config.brightness, config.shift)
         dtype = compute_dtype(self._device)
         with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
-            losses = sft_losses(self._model, self._head, batch, config)
+            losses = sft_losses(self._model, self._head, batch, config, self._teacher)
         losses.total.backward()
-        nn.utils.clip_grad_norm_(self._learnt.parameters(), config.max_grad_norm)
+        nn.utils.clip_grad_norm_(self._learning, config.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        # Early on the average follows faster, or it would remember the initial weights.
-        decay = min(config.average, (1 + self._step) / (10 + self._step))
-        averages, current = list(self._average.values()), list(self._current.values())
-        torch._foreach_lerp_(averages, current, 1 - decay)
-        return losses
+        with torch.no_grad():
+            averages = list(self._average.values())
+            ahead = torch._foreach_sub(list(self._current.values()), averages)
+            torch._foreach_mul_(ahead, self._follow)
+            torch._foreach_add_(averages, ahead)
+        return torch.stack([losses.total, losses.token_accuracy, losses.grounding]).detach()
 
     def _correct(self, first: int) -> None:
         """Collect a corrections round if it is due; after a resume, take up the earlier ones."""
@@ -351,10 +442,14 @@ def run(
     device: torch.device,
     work: Path,
     latency: tuple[float, float],
+    teacher: OpenVLA | None = None,
 ) -> dict[str, Any]:
     """Train on demonstrations and the corrections collected on the way.
 
     Corrections go to `work/corrections-N` and into the batches. Returns the stage's facts.
+
+    Raises:
+        UserError: the configuration distils, and there is no teacher.
     """
     seed_everything(seed)
 
@@ -367,5 +462,5 @@ def run(
         batches.take(place)
 
     began = time.perf_counter()
-    metrics = Trainer(trainable.model, batches, config, device, work, correct).run()
+    metrics = Trainer(trainable.model, batches, config, device, work, correct, teacher).run()
     return {"seed": seed, "seconds": time.perf_counter() - began, **asdict(config), **metrics}

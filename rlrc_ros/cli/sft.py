@@ -13,6 +13,10 @@ HELP = "fine-tune a policy on demonstrations: a new one, or with --policy a prun
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_stage_arguments(parser, policy=False)
+    parser.add_argument(
+        "--teacher",
+        help="bundle whose distributions `distillation` imitates: the policy before it was pruned",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -22,14 +26,17 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[str, Any]:
     from training import sft
+    from training.bundles import load_trainable
     from training.common import pick_device
 
+    device = pick_device(arguments.device)
     return sft.run(
         config.recovery if arguments.policy else config.sft,
         trainable,
         batches(arguments, trainable),
         seed=arguments.seed,
-        device=pick_device(arguments.device),
+        device=device,
         work=work_directory(arguments, config, trainable),
         latency=config.demonstrations.latency,
+        teacher=load_trainable(arguments.teacher, device).model if arguments.teacher else None,
     )

@@ -352,13 +352,20 @@ class OpenVLA(nn.Module):
         return _last_of_prompt(self._decode(prefix, mask), mask)
 
     def _decode(self, embeds: Tensor, mask: Tensor | None) -> Tensor:
-        out = self.language_model.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=_positions(mask),
-            use_cache=False,
-        )
-        return out.last_hidden_state
+        model = self.language_model.model
+        if mask is not None:
+            return model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=_positions(mask),
+                use_cache=False,
+            ).last_hidden_state
+        # What transformers does then, without its look at the positions, for which the host waits.
+        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        rotary = model.rotary_emb(embeds, position_ids=positions)
+        for layer in model.layers:
+            embeds = layer(embeds, attention_mask=None, position_embeddings=rotary)
+        return model.norm(embeds)
 
     def bin_logits(self, hidden: Tensor) -> Tensor:
         """(…, hidden) -> (…, n_bins).

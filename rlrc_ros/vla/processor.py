@@ -45,6 +45,7 @@ class Processor:
         self._tokenizer = tokenizer
         self._unknown = tokenizer.token_to_id("<unk>") if tokenizer else None
         self._token_ids: dict[str, list[int]] = {}
+        self._constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
     def __call__(self, observation: Observation, as_bytes: bool = False) -> Inputs:
         """A batch of one.
@@ -127,8 +128,7 @@ class Processor:
         towers = []
         for tower in self.config.architecture.towers:
             mean, std = (
-                torch.tensor(v, device=pixels.device).view(1, -1, 1, 1)
-                for v in (tower.mean, tower.std)
+                self._constant(v, pixels.device).view(1, -1, 1, 1) for v in (tower.mean, tower.std)
             )
             towers.append((pixels - mean) / std)
         return torch.cat(towers, 1)
@@ -138,9 +138,15 @@ class Processor:
         contract = self.config.proprioception
         assert contract is not None
         x = torch.as_tensor(values, dtype=torch.float32)
-        return (x - torch.tensor(contract.mean, device=x.device)) / torch.tensor(
-            contract.std, device=x.device
-        )
+        mean, std = (self._constant(v, x.device) for v in (contract.mean, contract.std))
+        return (x - mean) / std
+
+    def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        """As a float32 tensor; made once, for a copy to a GPU waits for all that runs there."""
+        key = (values, device)
+        if key not in self._constants:
+            self._constants[key] = torch.tensor(values, device=device)
+        return self._constants[key]
 
     def image(self, observation: Observation) -> NDArray[np.uint8]:
         """What the towers see: (H, W, 3) uint8 of their size.

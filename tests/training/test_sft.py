@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlrc_ros.errors import UserError
 from training.config import CorrectionsConfig, SftConfig
 from training.data.demonstrations import Episode, encode_png, write_shard
 from training.sft import (
@@ -160,3 +161,76 @@ def test_joined_steps_keep_their_images_and_instructions(trainable, tmp_path):
         assert (batch.inputs.attention_mask[rows].sum(1) == len(ids)).all()
         shown = policy.processor.pixel_values(np.full((1, 64, 64, 3), brightness, np.uint8))
         assert (batch.inputs.pixel_values[rows] == shown).all()
+
+
+def test_frozen_vision_stays_and_the_rest_learns(trainable, batches, tmp_path):
+    policy = trainable()
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    config = dataclasses.replace(CONFIG, freeze_vision=True)
+    Trainer(policy.model, batches(policy), config, CPU, tmp_path).run()
+    moved = {
+        name
+        for name, value in policy.model.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert moved and not any(name.startswith("vision_backbone") for name in moved)
+    assert all(parameter.requires_grad for parameter in policy.model.parameters())
+
+
+def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn(trainable, batches):
+    policy = trainable()
+    batch, head = batches(policy).sample(8), GroundingHead(64, 4)
+    config = dataclasses.replace(CONFIG, grounding=0.0, distillation=1.0)
+    loss = sft_losses(policy.model, head, batch, config, teacher=policy.model).total
+    loss.backward()
+    gradients = [p.grad for p in policy.model.parameters() if p.grad is not None]
+    plain = sft_losses(policy.model, head, batch, dataclasses.replace(config, distillation=0.0))
+    expected = torch.autograd.grad(plain.total, policy.model.projector.fc1.weight)[0].norm()
+    assert max(float(gradient.norm()) for gradient in gradients) < 1e-4 * expected
+
+
+def test_distillation_brings_a_policy_near_its_teacher(trainable, batches, tmp_path):
+    teacher, pupil = trainable(), trainable(seed=9)
+    data = batches(pupil)
+    torch.manual_seed(0)
+    batch = data.sample(32)
+
+    def distance():
+        with torch.no_grad():
+            told, said = (
+                policy.model.eval()(batch.inputs, batch.bins)[0].log_softmax(-1)
+                for policy in (teacher, pupil)
+            )
+        return float((told.exp() * (told - said)).sum(-1).mean())
+
+    before = distance()
+    config = dataclasses.replace(
+        CONFIG, steps=100, batch_size=32, grounding=0.0, average=0.0, distillation=1.0
+    )
+    Trainer(pupil.model, data, config, CPU, tmp_path, teacher=teacher.model).run()
+    assert distance() < 0.5 * before
+
+
+def test_distillation_without_a_teacher_is_refused(trainable, batches, tmp_path):
+    policy = trainable()
+    config = dataclasses.replace(CONFIG, distillation=0.5)
+    with pytest.raises(UserError, match="--teacher"):
+        Trainer(policy.model, batches(policy), config, CPU, tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_are_those_they_were_captured_from(trainable, demonstrations, tmp_path):
+    device, found = torch.device("cuda"), []
+    for name in ("captured", "eager"):
+        policy = trainable()
+        policy.model.to(device)
+        data = DemonstrationBatches(policy.processor, policy.codec, device)
+        data.add(demonstrations)
+        torch.manual_seed(1)
+        trainer = Trainer(policy.model, data, CONFIG, device, tmp_path / name)
+        if name == "eager":
+            trainer._captured = None
+        trainer.run()
+        found.append(policy.model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
