@@ -49,20 +49,21 @@ class Processor:
     def __call__(self, observation: Observation, as_bytes: bool = False) -> Inputs:
         """A batch of one.
 
-        as_bytes: leave the image (1, H, W, 3) uint8, for an engine that normalises it.
+        as_bytes: leave the images uint8, for an engine that normalises them.
 
         Raises:
             UserError: a camera or the proprioception is missing or has the wrong shape, a value is
                 not finite, or the instruction is empty or has words the policy does not know.
         """
         ids = torch.tensor([self.token_ids(observation.instruction)])
-        image = self.image(observation)[None]
-        return Inputs(
-            ids,
-            None,
-            torch.tensor(image) if as_bytes else self.pixel_values(image),
-            self._proprioception(observation),
-        )
+        pixels = self.stacked(self.images(observation), as_bytes)
+        return Inputs(ids, None, pixels, self._proprioception(observation))
+
+    def stacked(self, images: NDArray[np.uint8], as_bytes: bool = False) -> Tensor:
+        """`Inputs.pixel_values` of one observation's images, (images, H, W, 3) uint8."""
+        if not as_bytes:
+            return self.pixel_values(images).flatten(0, 1)[None]
+        return torch.tensor(images if len(images) == 1 else images[None])
 
     def token_ids(self, instruction: str) -> list[int]:
         """The prompt's token ids, BOS first.
@@ -95,7 +96,9 @@ class Processor:
             and ids[-1] != self.config.prompt_suffix_token
         ):
             ids.append(self.config.prompt_suffix_token)
-        room = decoder.max_positions - self.config.architecture.towers[0].patches - 16
+        head = self.config.architecture.action_head
+        actions = head.places + 1 if head else 16
+        room = decoder.max_positions - self.config.architecture.context - actions
         if len(ids) > room:
             raise UserError(
                 f"the instruction takes {len(ids)} tokens, and the policy's context has room for "
@@ -138,26 +141,30 @@ class Processor:
         contract = self.config.proprioception
         assert contract is not None
         x = torch.as_tensor(values, dtype=torch.float32)
-        return (x - torch.tensor(contract.mean, device=x.device)) / torch.tensor(
+        x = (x - torch.tensor(contract.mean, device=x.device)) / torch.tensor(
             contract.std, device=x.device
         )
+        return x if contract.limit is None else x.clamp(-contract.limit, contract.limit)
 
-    def image(self, observation: Observation) -> NDArray[np.uint8]:
-        """What the towers see: (H, W, 3) uint8 of their size.
+    def images(self, observation: Observation) -> NDArray[np.uint8]:
+        """What the towers see, camera by camera: (images, H, W, 3) uint8 of their size.
 
         Raises:
-            UserError: the camera is missing, or its picture is none.
+            UserError: a camera is missing, or its picture is none.
         """
-        camera = self.config.cameras[0]
-        image = observation.images.get(camera.name)
+        cameras = self.config.cameras[: self.config.architecture.images]
+        return np.stack([self._image(observation, camera.name) for camera in cameras])
+
+    def _image(self, observation: Observation, camera: str) -> NDArray[np.uint8]:
+        image = observation.images.get(camera)
         if image is None:
             there = ", ".join(sorted(observation.images)) or "none"
             raise UserError(
-                f"the policy looks through camera '{camera.name}', and the observation has: {there}"
+                f"the policy looks through camera '{camera}', and the observation has: {there}"
             )
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise UserError(
-                f"camera '{camera.name}': expected (height, width, 3) uint8 RGB, got "
+                f"camera '{camera}': expected (height, width, 3) uint8 RGB, got "
                 f"{image.shape} {image.dtype}{_remedy(image)}"
             )
         return self.resized(image)

@@ -35,7 +35,7 @@ class SftEncoder:
         observation = step.observation
         values = observation.proprioception
         return SftStep(
-            encode_png(self._processor.image(observation)),
+            encode_png(self._processor.images(observation)[0]),
             np.zeros(0, np.float32) if values is None else values.astype(np.float32),
             step.action.astype(np.float32),
         )
