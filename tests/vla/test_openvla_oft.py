@@ -70,3 +70,13 @@ def test_it_gives_what_upstream_gives(checkpoint, key, engine):
         actions = act(policy, case, 2)
         assert actions.shape == (8, 7)
         np.testing.assert_allclose(actions, expected(TWO, case, key), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_graph_gives_what_upstream_gives(checkpoint):
+    key = oft_upstream.KEYS[0]
+    policy = load_policy(checkpoint, "cuda", "graph", "float32", unnorm_key=key)
+    policy.warm_up()
+    for case in range(oft_upstream.CASES):
+        actions = act(policy, case, 2)
+        np.testing.assert_allclose(actions, expected(TWO, case, key), atol=1e-3, rtol=0)
