@@ -41,9 +41,14 @@ class ModelConfig:
     heads: int
     kv_heads: int
     ffn: int
+    chunk: int = 1
+    """Actions that an inference gives.
+
+    1: as tokens (OpenVLA); more: continuous ones in one pass (OpenVLA-OFT).
+    """
 
     def __post_init__(self) -> None:
-        _check("model", self, positive="hidden_size head_dim layers heads kv_heads ffn")
+        _check("model", self, positive="hidden_size head_dim layers heads kv_heads ffn chunk")
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:

@@ -100,7 +100,7 @@ class OpenVLAOFT(OpenVLA):
         places = prefix.new_zeros(batch, self.action_tokens, hidden)
         embeds = torch.cat([prefix, places, stop.to(prefix.dtype).expand(batch, 1, -1)], 1)
         if mask is None:
-            mask = torch.ones(1, length, dtype=torch.bool, device=prefix.device)
+            mask = torch.ones(batch, length, dtype=torch.bool, device=prefix.device)
         last = mask.sum(1) - 1
         mask = F.pad(mask, (0, self.action_tokens + 1), value=True)
         states = self.language_model.model(

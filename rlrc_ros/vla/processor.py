@@ -61,9 +61,8 @@ class Processor:
 
     def stacked(self, images: NDArray[np.uint8], as_bytes: bool = False) -> Tensor:
         """`Inputs.pixel_values` of one observation's images, (images, H, W, 3) uint8."""
-        if not as_bytes:
-            return self.pixel_values(images).flatten(0, 1)[None]
-        return torch.tensor(images if len(images) == 1 else images[None])
+        batch = images if len(images) == 1 else images[None]
+        return torch.tensor(batch) if as_bytes else self.pixel_values(batch)
 
     def token_ids(self, instruction: str) -> list[int]:
         """The prompt's token ids, BOS first.
@@ -123,7 +122,13 @@ class Processor:
         return ids, torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
 
     def pixel_values(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 of the towers' size -> (B, 3 × towers, H, W) float32, normalised."""
+        """`Inputs.pixel_values` of images of the towers' size, normalised, float32.
+
+        images: (B, H, W, 3) uint8, or (B, images, H, W, 3).
+        """
+        if images.ndim == 5:
+            each = self.pixel_values(images.reshape(-1, *images.shape[2:]))
+            return each.reshape(len(images), -1, *each.shape[2:])
         if isinstance(images, np.ndarray) and not images.flags.writeable:
             images = images.copy()  # from a message; torch wants to be able to write
         pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
