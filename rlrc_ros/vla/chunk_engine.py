@@ -18,7 +18,7 @@ from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.quantization import weight_bytes
 
 ALIGNMENT = 16
-"""Sequences are a multiple of so many tokens long: attention masks of other lengths are copied."""
+"""Sequences are a multiple of so many tokens long, which matrices are multiplied in."""
 
 
 class EagerChunkEngine:
@@ -78,11 +78,10 @@ class GraphChunkEngine(CapturedEngine):
 
     def _act(self, slots: _Slots) -> Tensor:
         """The chunk, (chunk · dimensions,) float32."""
-        x = self._embed(slots)
-        beyond = torch.arange(len(x), device=self._device) > slots.last + self._tokens + 1
-        mask = x.new_zeros(len(x)).masked_fill(beyond, -torch.inf)[None, None, None]
-        for i, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
-            only = slots.last + self._places if i == len(self._layers) - 1 else None
-            x = layer.prompt(x, cache, self._cos, self._sin, only, mask)
+        x, seen = self._embed(slots), slots.last + self._tokens + 2
+        for layer in self._layers[:-1]:
+            x = layer.both_ways(x, self._cos, self._sin, seen, None)
+        read = slots.last + self._places
+        x = self._layers[-1].both_ways(x, self._cos, self._sin, seen, read)
         states = self._ops.norm(x, self._norm, self._eps)
         return self._head(states[None]).float().flatten()

@@ -114,6 +114,9 @@ class _Layer:
             norm.weight.detach() for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
         self._eps = layer.input_layernorm.variance_epsilon
+        # Tensor cores multiply halves, and no small matrices.
+        fast = self._norm1.dtype != torch.float32 and self.head_dim >= 32
+        self._attend = (ops if fast else matrices).attend
         self._qkv = matrix([attention.q_proj, attention.k_proj, attention.v_proj])
         self._out = matrix([attention.o_proj])
         self._gate_up, self._down = matrix([mlp.gate_proj, mlp.up_proj]), matrix([mlp.down_proj])
@@ -121,18 +124,9 @@ class _Layer:
         self.nbytes = sum(part.nbytes for part in parts)
 
     def prompt(
-        self,
-        x: Tensor,
-        cache: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        only: Tensor | None,
-        mask: Tensor | None = None,
+        self, x: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, only: Tensor | None
     ) -> Tensor:
-        """(T, hidden) -> (T, hidden), or the rows `only` of it; x is overwritten.
-
-        mask: (1, 1, 1, T), added to every token's attention scores; None: they are causal.
-        """
+        """(T, hidden) -> (T, hidden), or the one row `only` of it; x is overwritten."""
         ops = self._ops
         qkv = self._times(ops.norm(x, self._norm1, self._eps), self._qkv)
         query = ops.rope(qkv, cos, sin, cache, self.heads)
@@ -140,11 +134,21 @@ class _Layer:
             query[None],
             cache[:1, :, : len(x)],
             cache[1:, :, : len(x)],
-            attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=True,
             enable_gqa=self.heads != self.kv_heads,
         )[0]
-        mixed = mixed.transpose(0, 1).reshape(len(x), -1)
+        return self._after(x, mixed.transpose(0, 1).reshape(len(x), -1), only)
+
+    def both_ways(
+        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, only: Tensor | None
+    ) -> Tensor:
+        """The same where every token attends to the first `seen`; `only` may be several rows."""
+        qkv = self._times(self._ops.norm(x, self._norm1, self._eps), self._qkv)
+        return self._after(x, self._attend(qkv, cos, sin, seen, self.heads, self.kv_heads), only)
+
+    def _after(self, x: Tensor, mixed: Tensor, only: Tensor | None) -> Tensor:
+        """From attention to the layer's end."""
+        ops = self._ops
         if only is not None:
             x, mixed = x.index_select(0, only), mixed.index_select(0, only)
         x = self._plus(x, mixed, self._out)
