@@ -114,10 +114,10 @@ def new_trainable(
         q99=tuple(map(float, ACTION_HIGH)),
         mask=(True,) * len(ACTION_LOW),
     )
-    head = ActionHeadConfig(chunk=model.chunk, dimensions=codec.dimensions)
+    head = model.chunk and ActionHeadConfig(chunk=model.chunk, dimensions=codec.dimensions)
     config = BundleConfig(
         architecture=ArchitectureConfig(
-            action_head=head if model.chunk > 1 else None,
+            action_head=head or None,
             towers=(model.tower,),
             decoder=DecoderConfig(
                 vocab_size=text + codec.n_bins,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.paths import config_file
 from rlrc_ros.vla import load_policy
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.openvla import layer_widths
@@ -20,8 +21,9 @@ from tests.training.test_prune import FFN, KV, planned, plans
 from tests.training.test_sft import CONFIG, CPU
 from tests.vla.test_openvla import batch
 from training import latency, prune, rl
-from training.bundles import Trainable, load_trainable
-from training.config import SparsifyConfig
+from training.bundles import Trainable, load_trainable, new_trainable
+from training.compress import Pipeline
+from training.config import SparsifyConfig, load_config
 from training.data.demonstrations import Episode, encode_png, read, write_shard
 from training.rollout import Actor
 from training.sft import Trainer, bc_loss
@@ -157,6 +159,16 @@ def test_in_rollouts_the_first_action_of_each_chunk_is_taken():
     with torch.no_grad():
         first = policy.codec.unscale(policy.model(inputs)[:, 0].double().numpy())
     np.testing.assert_array_equal(actor.act({}), first)
+
+
+def test_a_new_policy_gives_chunks_where_its_shape_says_so(tmp_path):
+    config = load_config(config_file("training", "tiny"))
+    shape = dataclasses.replace(config.model, chunk=4)
+    policy = new_trainable(shape, np.zeros((2, 8), np.float32), CPU)
+    assert policy.model.config.action_head.chunk == 4
+    with pytest.raises(UserError, match="compress: its PPO is over action tokens"):
+        Pipeline(dataclasses.replace(config, model=shape), tmp_path / "run", "cpu", print)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_needs_tokens_is_refused(tmp_path, demonstrations):
