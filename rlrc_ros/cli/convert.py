@@ -47,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         help="actions in a chunk of OpenVLA-OFT (default: upstream's, 8, or 5 for BridgeData)",
     )
+    parser.add_argument(
+        "--center-crop",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of an image's area to look at: 0.9 where upstream trained with image_aug, as its "
+        "LIBERO checkpoints were (default 1)",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -64,6 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
         joints=arguments.joints,
         control_rate=arguments.control_rate,
         chunk=arguments.chunk,
+        center_crop=arguments.center_crop,
     )
     facts = inspect(bundle.path)
     takes = facts["proprioception"]

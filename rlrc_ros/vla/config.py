@@ -252,6 +252,11 @@ class BundleConfig:
     """Has `{instruction}` in it, which is put in lower case."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Of the weights that are not quantized, as stored."""
+    center_crop: float = 1.0
+    """Share of an image's area that is looked at, about its centre, scaled up to the whole.
+
+    Below 1 for a policy that was trained on random crops of that size (upstream's `image_aug`).
+    """
     prompt_suffix_token: int | None = None
     """A token put after the prompt: OpenVLA was trained with 29871 there."""
     quantization: QuantizationConfig | None = None
@@ -279,6 +284,8 @@ class BundleConfig:
                 f"the action head gives {head.dimensions} values an action, the action codec "
                 f"scales {self.action_codec.dimensions}"
             )
+        if not 0.0 < self.center_crop <= 1.0:
+            raise UserError(f"center_crop is {self.center_crop}, and must be above 0 and at most 1")
         if not self.control_rate > 0:
             raise UserError("control_rate must be positive")
         expected = self.architecture.proprioception

@@ -22,6 +22,7 @@ def convert(
     joints: Sequence[str] = (),
     control_rate: float | None = None,
     chunk: int | None = None,
+    center_crop: float = 1.0,
 ) -> Bundle:
     """Write a bundle with a checkpoint's weights as they are stored, in safetensors alone.
 
@@ -34,6 +35,8 @@ def convert(
         joints: names of the values of its proprioception, in order.
         control_rate: Hz, of the data that it was trained on.
         chunk: actions in a chunk of OpenVLA-OFT.
+        center_crop: share of an image's area to look at; 0.9 where upstream trained with
+            `image_aug`.
 
     Raises:
         UserError: the checkpoint is no such checkpoint, is damaged, or does not fit what is asked;
@@ -46,6 +49,7 @@ def convert(
     if not source.has_tokenizer:
         raise UserError(f"{source.path}: has no tokenizer.json; copy it from the checkpoint")
     config = _contract(source.config, str(source.path), cameras, joints, chunk)
+    config = replace(config, center_crop=center_crop)
     if control_rate is not None:
         config = replace(config, control_rate=control_rate)
     empty_model(replace(source, config=config))  # or say now what does not fit

@@ -172,7 +172,8 @@ class Processor:
                 f"camera '{camera}': expected (height, width, 3) uint8 RGB, got "
                 f"{image.shape} {image.dtype}{_remedy(image)}"
             )
-        return self.resized(image)
+        share = self.config.center_crop
+        return self.resized(image) if share == 1.0 else center_crop(self.resized(image), share)
 
     def resized(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB -> the towers' size: bicubic with antialias, not keeping the aspect.
@@ -200,6 +201,24 @@ class Processor:
         if not np.isfinite(values).all():
             raise UserError("the proprioception has a value that is not finite")
         return self.normalise_proprioception(values[None])
+
+
+def center_crop(image: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
+    """That share of a square image's area, about its centre, scaled up to the whole, (H, H, 3).
+
+    Bilinear and in the order and precision of TensorFlow's `crop_and_resize`, with which upstream
+    does it (`center_crop_image` of openvla-oft/experiments/robot/openvla_utils.py).
+    """
+    last, side = np.float32(len(image) - 1), np.sqrt(np.float32(share))
+    first = (1 - side) / 2
+    step = (first + side - first) * last / last
+    at = first * last + np.arange(len(image), dtype=np.float32) * step
+    low, high = np.floor(at).astype(int), np.ceil(at).astype(int)
+    part = (at - low).astype(np.float32)
+    x = image.astype(np.float32) * np.float32(1 / 255)
+    x = x[:, low] + (x[:, high] - x[:, low]) * part[None, :, None]
+    x = x[low] + (x[high] - x[low]) * part[:, None, None]
+    return (x.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
 
 
 def _remedy(image: NDArray[Any]) -> str:

@@ -29,6 +29,7 @@ def test_a_checkpoint_becomes_a_bundle(rlrc, checkpoint, tmp_path):
         (["--unnorm-key", "libero"], f"there are: {', '.join(oft_upstream.KEYS)}"),
         (["--unnorm-key", KEY, "--control-rate", "nan"], "'nan' is not a rate"),
         (["--unnorm-key", KEY, "--chunk", "0"], "is not a whole number from 1 up"),
+        (["--unnorm-key", KEY, "--center-crop", "90"], "center_crop is 90.0, and must be above 0"),
     ],
 )
 def test_what_cannot_be_converted(refused, checkpoint, tmp_path, words, message):

@@ -1,10 +1,11 @@
 """What upstream's OpenVLA-OFT makes of weights and observations that are told by seeds alone.
 
-`python oft_upstream.py CODE FILE` runs upstream's own modules and writes `data/openvla_oft.json`:
+`python oft_upstream.py actions CODE FILE` runs upstream's own modules, for `data/openvla_oft.json`:
 `modeling_prismatic`, `processing_prismatic`, `action_heads`, `projectors`, and `normalize_proprio`
 of `openvla_utils`, out of a checkout CODE of github.com/moojink/openvla-oft, in float32, on the
 transformers fork that it asks for (github.com/moojink/transformers-openvla-oft) and timm 0.9.10.
-That takes an environment of its own. The tests import the rest.
+`python oft_upstream.py crop CODE FILE` runs its `center_crop_image`, for `data/center_crop.json`,
+on TensorFlow 2.15. That takes environments of their own. The tests import the rest.
 """
 
 import ast
@@ -13,6 +14,7 @@ import json
 import sys
 import zlib
 from pathlib import Path
+from typing import Union
 
 import numpy as np
 
@@ -28,6 +30,8 @@ VARIANTS = {
     "one image": {"images": 1, "proprioception": 0},
 }
 CASES = 2
+CROPPED = 24
+"""Pixels."""
 
 
 def weights(name, shape):
@@ -99,7 +103,31 @@ def preprocessor_config():
     }
 
 
-def main(code, file):
+def cropped():
+    """An image to crop."""
+    return np.random.RandomState(7).randint(0, 256, (CROPPED, CROPPED, 3)).astype(np.uint8)
+
+
+def functions(code, names, given):
+    """Some functions of upstream's `openvla_utils`, without what that module imports."""
+    source = ast.parse((code / "experiments/robot/openvla_utils.py").read_text())
+    wanted = [node for node in source.body if getattr(node, "name", "") in names]
+    exec(compile(ast.Module(wanted, []), "openvla_utils.py", "exec"), given)
+    return [given[name] for name in names]
+
+
+def crop(code, file):
+    import tensorflow as tf
+    from PIL import Image
+
+    given = {"tf": tf, "np": np, "Image": Image, "Union": Union, "OPENVLA_IMAGE_SIZE": CROPPED}
+    function, _ = functions(code, ("center_crop_image", "crop_and_resize"), given)
+    values = np.asarray(function(cropped())).tolist()
+    facts = {"tensorflow": tf.__version__, "image": values}
+    file.write_text(json.dumps(facts, separators=(",", ":")) + "\n")
+
+
+def actions(code, file):
     import timm
     import torch
     import transformers
@@ -136,10 +164,8 @@ def main(code, file):
             for name, tensor in module.state_dict().items()
         }
         module.load_state_dict(told)
-    source = ast.parse((code / "experiments/robot/openvla_utils.py").read_text())
-    wanted = [n for n in source.body if getattr(n, "name", "") == "normalize_proprio"]
-    utils = {**vars(constants), "np": np, "Dict": dict, "Any": object}
-    exec(compile(ast.Module(wanted, []), "openvla_utils.py", "exec"), utils)
+    given = {**vars(constants), "np": np, "Dict": dict, "Any": object}
+    (normalize_proprio,) = functions(code, ("normalize_proprio",), given)
     image_processor = processing.PrismaticImageProcessor(**preprocessor_config())
 
     results = []
@@ -152,10 +178,10 @@ def main(code, file):
                 for image in images
             ]
             for key in KEYS:
-                proprio = utils["normalize_proprio"](state, vla.norm_stats[key]["proprio"])
+                proprio = normalize_proprio(state, vla.norm_stats[key]["proprio"])
                 given = {"proprio": proprio, "proprio_projector": projector}
                 with torch.inference_mode():
-                    actions, states = vla.predict_action(
+                    chunk, states = vla.predict_action(
                         input_ids=torch.tensor([ids]),
                         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                         pixel_values=torch.cat(pixels, 1),
@@ -168,7 +194,7 @@ def main(code, file):
                         "variant": name,
                         "case": case,
                         "unnorm_key": key,
-                        "actions": actions.tolist(),
+                        "actions": chunk.tolist(),
                         "states_mean": states.mean().item(),
                         "states_std": states.std().item(),
                     }
@@ -184,4 +210,4 @@ def main(code, file):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    {"actions": actions, "crop": crop}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -19,7 +19,7 @@ from rlrc_ros.vla.conversion import convert
 from rlrc_ros.vla.inspection import inspect
 from rlrc_ros.vla.openvla import Inputs
 from rlrc_ros.vla.policy import load_model
-from rlrc_ros.vla.processor import Processor, word_tokenizer
+from rlrc_ros.vla.processor import Processor, center_crop, word_tokenizer
 from tests.vla import oft_upstream
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "openvla_oft.json").read_text())
@@ -167,6 +167,23 @@ def test_quantized_it_is_smaller_and_acts_nearly_alike(checkpoint, tmp_path, met
     assert 0 < np.abs(a - b).max() < 0.5 * np.ptp(a)
     if method == "bitsandbytes-nf4":  # of int8 the graph engine rounds no inputs
         np.testing.assert_allclose(b, c, atol=1e-4)
+
+
+def test_images_are_cropped_as_upstream_does_it():
+    upstream = json.loads((Path(__file__).parent / "data" / "center_crop.json").read_text())
+    image = oft_upstream.cropped()
+    assert (center_crop(image, 0.9) == np.array(upstream["image"])).all()
+    assert (center_crop(image, 1.0) == image).all()
+
+
+def test_a_bundle_crops_where_it_says_so(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "b", unnorm_key=KEY, center_crop=0.9)
+    policy = load_policy(tmp_path / "b")
+    (first, second), _, state = oft_upstream.observation(0, 2)
+    images = {"front": first, "wrist": second}
+    seen = policy.processor.images(Observation(images, "go", state))
+    assert (seen[0] == center_crop(first, 0.9)).all() and (seen[0] != first).any()
+    assert not np.allclose(act(policy, 0, 2), expected(TWO, 0, KEY), atol=1e-3)
 
 
 def test_parts_are_told_apart(checkpoint):
