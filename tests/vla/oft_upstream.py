@@ -117,8 +117,9 @@ def functions(code, names, given):
 
 
 def crop(code, file):
-    import tensorflow as tf
     from PIL import Image
+
+    tf = importlib.import_module("tensorflow")  # of upstream's environments, not of this project
 
     given = {"tf": tf, "np": np, "Image": Image, "Union": Union, "OPENVLA_IMAGE_SIZE": CROPPED}
     function, _ = functions(code, ("center_crop_image", "crop_and_resize"), given)
@@ -128,10 +129,11 @@ def crop(code, file):
 
 
 def actions(code, file):
-    import timm
     import torch
     import transformers
     from PIL import Image
+
+    timm = importlib.import_module("timm")
 
     sys.path.insert(0, str(code))
     for package in ("prismatic", "prismatic.training", "prismatic.vla", "prismatic.models"):
