@@ -1,9 +1,10 @@
-"""Supervised fine-tuning on action tokens: makes the original policy, and recovers a pruned one.
+"""Supervised fine-tuning: makes the original policy, and recovers a pruned one.
 
     rlrc sft CONFIG --demonstrations DIR --out BUNDLE                     a new policy
     rlrc sft CONFIG --demonstrations DIR --out BUNDLE --policy PRUNED     recover one
 
-Cross-entropy on the action's tokens, as OpenVLA is trained. On the way the policy may act itself
+Cross-entropy on the action's tokens, as OpenVLA is trained; for a policy that gives chunks the L1
+distance of the actions, as OpenVLA-OFT is. On the way the policy may act itself
 while the scripted expert says what it would have done (DAgger); those episodes join the
 demonstrations.
 """
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.processor import Processor
 from training.bundles import Trainable
 from training.common import (
@@ -55,11 +57,14 @@ class Batch:
         inputs: what the policy sees.
         bins: (B, D) the action's tokens.
         grounding: (B, G) positions in m, NaN where they are not known.
+        chunk: (B, chunk, D) the actions from this step on, scaled and in [-1, 1]; beyond the end
+            of the episode its last one. None where the policy gives single actions.
     """
 
     inputs: Inputs
     bins: Tensor
     grounding: Tensor
+    chunk: Tensor | None = None
 
 
 class DemonstrationBatches:
@@ -69,6 +74,8 @@ class DemonstrationBatches:
         self._processor, self._codec, self._device = processor, codec, device
         self._instructions: dict[str, int] = {}
         self._steps: dict[str, Tensor] = {}
+        architecture = processor.config.architecture
+        self._images, self._head = architecture.images, architecture.action_head
         self._taken: list[Path] = []
 
     def take(self, place: Path) -> None:
@@ -81,8 +88,15 @@ class DemonstrationBatches:
         """Add steps; joined on the device, where there is room and copying takes no time.
 
         Raises:
-            UserError: their images, proprioception or actions have another shape than those before.
+            UserError: their images, proprioception or actions have another shape than those before;
+                or there are images of more or fewer cameras than the policy looks through.
         """
+        cameras = data.images.shape[1] if data.images.ndim == 5 else 1
+        if cameras != self._images:
+            raise UserError(
+                f"the policy looks through {self._images} cameras, and the demonstrations hold the "
+                f"frames of {cameras}; export rollouts for this policy"
+            )
         for text in data.instructions:
             self._instructions.setdefault(text, len(self._instructions))
         numbers = np.array([self._instructions[text] for text in data.instructions])
@@ -93,6 +107,12 @@ class DemonstrationBatches:
             "grounding": data.grounding,
             "prompts": numbers[data.prompts],
         }
+        if self._head is not None:
+            scaled = self._codec.scale(data.actions.astype(np.float64)).clip(-1.0, 1.0)
+            steps = [facts["steps"] for facts in data.episodes]
+            before = len(self._steps["ends"]) if self._steps else 0
+            arrays["actions"] = scaled.astype(np.float32)
+            arrays["ends"] = before + np.repeat(np.cumsum(steps) - 1, steps)
         for name in ("images", "proprioception", "bins") if self._steps else ():
             here, there = tuple(self._steps[name].shape[1:]), arrays[name].shape[1:]
             if here != there:
@@ -135,24 +155,31 @@ class DemonstrationBatches:
         steps = self._steps
         rows = torch.randint(len(self), (size,), device=self._device)
         prompts = steps["prompts"][rows]
-        images = steps["images"][rows]
+        images = steps["images"][rows].flatten(0, -4)  # of several cameras one after the other
         if shift:
-            images = shifted(
-                images, torch.randint(-shift, shift + 1, (2, size), device=self._device)
-            )
+            by = torch.randint(-shift, shift + 1, (2, len(images)), device=self._device)
+            images = shifted(images, by)
         pixels = self._processor.pixel_values(images)
         if brightness:
-            change = 2 * torch.rand(2, size, 1, 1, 1, device=self._device) - 1
+            change = 2 * torch.rand(2, len(images), 1, 1, 1, device=self._device) - 1
             gain, contrast = 1 + brightness * change
             mean = pixels.mean((2, 3), keepdim=True)
             pixels = mean * gain + (pixels - mean) * contrast
         inputs = Inputs(
             self._ids[prompts],
             None if self._mask is None else self._mask[prompts],
-            pixels,
-            self._processor.normalise_proprioception(steps["proprioception"][rows]),
+            pixels.reshape(size, -1, *pixels.shape[2:]),
+            self._processor.normalise_proprioception(steps["proprioception"][rows])
+            if self._processor.config.proprioception
+            else None,
         )
-        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows])
+        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows], self._chunks(rows))
+
+    def _chunks(self, rows: Tensor) -> Tensor | None:
+        if self._head is None:
+            return None
+        following = rows[:, None] + torch.arange(self._head.chunk, device=self._device)
+        return self._steps["actions"][following.minimum(self._steps["ends"][rows][:, None])]
 
 
 def shifted(images: Tensor, by: Tensor) -> Tensor:
@@ -169,7 +196,10 @@ def shifted(images: Tensor, by: Tensor) -> Tensor:
 
 
 def bc_loss(model: OpenVLA, batch: Batch) -> Tensor:
-    """Cross-entropy over every action token."""
+    """What is minimised: cross-entropy over every action token, or the L1 distance of a chunk."""
+    if isinstance(model, OpenVLAOFT):
+        assert batch.chunk is not None
+        return F.l1_loss(model(batch.inputs).float(), batch.chunk)
     logits, _ = model(batch.inputs, batch.bins)
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.bins.flatten())
 
@@ -193,7 +223,10 @@ class GroundingHead(nn.Linear):
 
 @dataclass
 class Losses:
-    """What a batch gave: the loss to minimise, and two numbers to watch."""
+    """What a batch gave: the loss to minimise, and two numbers to watch.
+
+    The accuracy of continuous actions is that of the tokens that they would be.
+    """
 
     total: Tensor
     token_accuracy: Tensor
@@ -207,11 +240,24 @@ def sft_losses(
     config: SftConfig,
     teacher: OpenVLA | None = None,
 ) -> Losses:
-    """Cross-entropy, softened if the configuration says so, and the weighted grounding loss.
+    """The loss, cross-entropy softened if the configuration says so, and the weighted grounding.
 
     With a teacher, the configured share of the cross-entropy is that with the teacher's
     distributions.
     """
+    if isinstance(model, OpenVLAOFT):
+        assert batch.chunk is not None
+        states = model.action_states(batch.inputs)
+        chunk = model.action_head(states).float()
+        grounding = head.loss(states[:, 0], batch.grounding)
+        ours, theirs = (
+            ((x.clamp(-1, 1) + 1) / 2 * (model.n_bins - 1)).floor() for x in (chunk, batch.chunk)
+        )
+        return Losses(
+            F.l1_loss(chunk, batch.chunk) + config.grounding * grounding,
+            (ours == theirs).float().mean(),
+            grounding,
+        )
     logits, state = model(batch.inputs, batch.bins)
     flat, bins = logits.flatten(0, 1).float(), batch.bins.flatten()
     targets = bins
@@ -300,6 +346,12 @@ class Trainer:
         model.vision_backbone.requires_grad_(not config.freeze_vision)
         self._model, self._batches, self._config, self._device = model, batches, config, device
         self._work, self._collect = work, correct
+        if isinstance(model, OpenVLAOFT):
+            for name in ("label_width", "distillation"):
+                if getattr(config, name):
+                    raise UserError(
+                        f"sft: {name} is about tokens, and the policy gives chunks; leave it"
+                    )
         self._head = GroundingHead(
             model.config.decoder.hidden_size, batches.grounding_size, device=device
         )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HELP = "measure latency and memory of policies, interleaved round by round"
 
 ENGINES = ("auto", "eager", "unrolled", "graph", "openvino")
-SHAPES = ("openvla-7b",)
+SHAPES = ("openvla-7b", "openvla-7b-oft")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         choices=SHAPES,
         help="instead of policies: this architecture with random weights, against Hugging Face "
-        "generate",
+        "generate, or forward where a chunk comes from one pass",
     )
     parser.add_argument(
         "--variants",

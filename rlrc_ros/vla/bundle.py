@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.schema import from_dict, read_json
-from rlrc_ros.vla import openvla_checkpoint
+from rlrc_ros.vla import oft_checkpoint, openvla_checkpoint
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.weights import WeightFiles
 
@@ -90,7 +90,9 @@ class Bundle:
         Raises:
             UserError: the files cannot be read.
         """
-        return WeightFiles.find(self.path)
+        found = WeightFiles.find(self.path)
+        bundled = (self.path / SUMS).is_file()
+        return found if bundled else oft_checkpoint.with_parts(found, self.path)
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, memory-mapped."""

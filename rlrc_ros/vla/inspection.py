@@ -17,7 +17,8 @@ def inspect(policy: str | Path) -> dict[str, Any]:
         UserError: there is no such bundle, or it is damaged.
     """
     bundle = open_bundle(policy)
-    stored = {"vision": 0, "projector": 0, "llm": 0}
+    model = empty_model(bundle)
+    stored = dict.fromkeys(model.parts, 0)
     for name, size in bundle.sizes().items():
         stored[part_of(name)] += size
     config = bundle.config
@@ -25,13 +26,14 @@ def inspect(policy: str | Path) -> dict[str, Any]:
         "name": bundle.name,
         "path": str(bundle.path),
         "hash": bundle.hash,
-        "parameters": parameter_counts(empty_model(bundle)),
+        "parameters": parameter_counts(model),
         "bytes": stored | {"total": sum(stored.values())},
         "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
         "layers": [asdict(widths) for widths in config.architecture.decoder.layers],
         "dtype": config.dtype,
         "quantization": asdict(config.quantization) if config.quantization else None,
         "control_rate": config.control_rate,
+        "chunk": head.chunk if (head := config.architecture.action_head) else 1,
         "cameras": [asdict(camera) for camera in config.cameras],
         "proprioception": asdict(config.proprioception) if config.proprioception else None,
         "provenance": bundle.provenance,

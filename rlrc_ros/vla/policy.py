@@ -18,11 +18,13 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.vla import quantization
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle
+from rlrc_ros.vla.chunk_engine import EagerChunkEngine, GraphChunkEngine
 from rlrc_ros.vla.config import BundleConfig
-from rlrc_ros.vla.engine import EagerEngine, Engine, UnrolledEngine
+from rlrc_ros.vla.engine import ChunkEngine, EagerEngine, Engine, UnrolledEngine
 from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvino_engine import OpenVINOEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.processor import Observation, Processor
 
 EngineName = Literal["auto", "eager", "unrolled", "graph", "openvino"]
@@ -44,6 +46,8 @@ class ActionChunk:
 
 def build_model(config: BundleConfig) -> OpenVLA:
     """The bundle's module tree with fresh weights."""
+    if config.architecture.action_head is not None:
+        return OpenVLAOFT(config.architecture, config.action_codec.n_bins)
     return OpenVLA(config.architecture, config.action_codec.n_bins, config.action_codec.dimensions)
 
 
@@ -136,7 +140,7 @@ class Policy:
     def __init__(
         self,
         bundle: Bundle,
-        engine: Engine,
+        engine: Engine | ChunkEngine,
         parameters: dict[str, int],
         device: torch.device,
         dtype: torch.dtype,
@@ -161,8 +165,11 @@ class Policy:
         if not self.engine.takes_bytes:
             inputs = inputs.to(self.device, self.dtype)
         ready = time.perf_counter()
-        bins = self.engine.bins(inputs).cpu().numpy()
-        actions = self._codec.decode(bins)
+        if isinstance(self.engine, ChunkEngine):
+            chunk = self.engine.chunk(inputs)[0]
+            actions = self._codec.unscale(chunk.double().cpu().numpy())
+        else:
+            actions = self._codec.decode(self.engine.bins(inputs).cpu().numpy())
         actions[:, -1] = actions[:, -1].clip(0.0, 1.0)
         if not np.isfinite(actions).all():
             raise UserError("the policy gave an action that is not finite")
@@ -187,25 +194,28 @@ class Policy:
         start = time.perf_counter()
         config, in_bytes = self.config, self.engine.takes_bytes
         size = config.architecture.towers[0].image_size
-        grey = np.full((1, size, size, 3), 128, np.uint8)
+        grey = np.full((config.architecture.images, size, size, 3), 128, np.uint8)
         resting = np.asarray(config.proprioception.mean)[None] if config.proprioception else None
         inputs = Inputs(
             torch.full((1, 16), config.architecture.decoder.bos_token_id),
             None,
-            torch.tensor(grey) if in_bytes else self.processor.pixel_values(grey),
+            self.processor.stacked(grey, in_bytes),
             None if resting is None else self.processor.normalise_proprioception(resting),
         )
         if not in_bytes:
             inputs = inputs.to(self.device, self.dtype)
         self.engine.prepare()
         for _ in range(2):
-            self.engine.bins(inputs)
+            if isinstance(self.engine, ChunkEngine):
+                self.engine.chunk(inputs)
+            else:
+                self.engine.bins(inputs)
         return time.perf_counter() - start
 
 
 def part_of(name: str) -> str:
-    """The part that a stored tensor belongs to: vision, projector or llm."""
-    heads = {"vision_backbone": "vision", "language_model": "llm"}
+    """The part that a stored tensor belongs to: vision, projector, llm or action_head."""
+    heads = {"vision_backbone": "vision", "language_model": "llm", "action_head": "action_head"}
     return heads.get(name.partition(".")[0], "projector")
 
 
@@ -232,7 +242,8 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `unrolled` on a CPU, else `eager`; `graph` has yet to be run on a GPU.
+        engine: `auto` takes `unrolled` on a CPU, else and for chunks `eager`; `graph` has yet to be
+            run on a GPU.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -250,12 +261,19 @@ def load_policy(
         ) from None
     bundle = open_bundle(policy, unnorm_key)
     on_cpu = target.type == "cpu"
+    chunks = bundle.config.architecture.action_head is not None
     if engine == "auto":
-        engine = "unrolled" if on_cpu else "eager"
+        engine = "unrolled" if on_cpu and not chunks else "eager"
+    engines = _CHUNK_ENGINES if chunks else _ENGINES
+    if engine not in engines:
+        raise UserError(
+            f"{bundle.path}: gives chunks of actions, which the {engine} engine cannot; take "
+            f"engine {' or '.join(map(repr, engines))}"
+        )
     if engine in ("unrolled", "openvino") and not on_cpu:
         raise UserError(f"the {engine} engine runs on a CPU only; take engine 'graph' or 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
-    build = _ENGINES[engine]
+    build = engines[engine]
     if engine == "openvino":  # which casts by itself, where it takes weights in float32
         build = partial(OpenVINOEngine, precision="bf16" if kind == torch.bfloat16 else "f32")
         kind = torch.float32
@@ -265,11 +283,15 @@ def load_policy(
     return Policy(bundle, build(model), parameters, target, kind)
 
 
-_ENGINES: dict[str, Callable[[OpenVLA], Engine]] = {
+_ENGINES: dict[str, Callable[[Any], Engine]] = {
     "eager": EagerEngine,
     "unrolled": UnrolledEngine,
     "graph": GraphEngine,
     "openvino": OpenVINOEngine,
+}
+_CHUNK_ENGINES: dict[str, Callable[[Any], ChunkEngine]] = {
+    "eager": EagerChunkEngine,
+    "graph": GraphChunkEngine,
 }
 
 
