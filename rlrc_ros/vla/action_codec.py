@@ -40,6 +40,10 @@ class ActionCodec:
         """(…, D) bins -> (…, D) actions, each the centre of its bin."""
         last = len(self._centres) - 1
         scaled = self._centres[np.clip(self.config.n_bins - 1 - np.asarray(bins), 0, last)]
+        return self.unscale(scaled)
+
+    def unscale(self, scaled: Floats) -> Floats:
+        """(…, D) values, q01 at -1 and q99 at +1 -> (…, D) actions; nothing is clipped."""
         return np.where(
             self._mask, 0.5 * (scaled + 1) * (self._high - self._low) + self._low, scaled
         )
