@@ -6,6 +6,7 @@ Architecture, action codec, contract with the robot.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -158,7 +159,7 @@ class ArchitectureConfig:
         if len({tower.patches for tower in self.towers}) != 1:
             raise UserError("architecture: the vision towers must give the same number of patches")
 
-    def _check_expert(self, expert: ExpertConfig, kinds: list[str]) -> None:
+    def _check_expert(self, expert: ExpertConfig, kinds: Sequence[str]) -> None:
         if kinds != ["paligemma"]:
             raise UserError("architecture: with an expert there is one vision tower, 'paligemma'")
         mine, theirs = ([w.kv_heads for w in x.layers] for x in (expert, self.decoder))
@@ -242,7 +243,7 @@ class QuantizationConfig:
     """How the weights of some parts are stored."""
 
     method: Literal["bitsandbytes-nf4", "bitsandbytes-int8"]
-    parts: tuple[Literal["llm", "vision", "projector"], ...]
+    parts: tuple[Literal["llm", "vision", "projector", "expert"], ...]
     block_size: int = 64
     """Weights that share a scale, in NF4; int8 has one scale a row."""
     double_quantization: bool = True

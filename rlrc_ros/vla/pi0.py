@@ -68,7 +68,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.model: Any = _gemma(config, config.hidden_size, config.layers)
+        self.model = _gemma(config, config.hidden_size, config.layers)
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         set_layer_widths(self, config.layers)
 
@@ -79,7 +79,7 @@ class ActionExpert(nn.Module):
     def __init__(self, config: ExpertConfig, decoder: DecoderConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.model: Any = _gemma(decoder, hidden, config.layers)
+        self.model = _gemma(decoder, hidden, config.layers)
         self.model.embed_tokens = nn.Identity()
         set_layer_widths(self, config.layers)
         self.state_proj = nn.Linear(config.state_width, hidden)
@@ -250,7 +250,7 @@ def embedding_scale(weight: Tensor) -> float:
     return torch.tensor(weight.shape[1] ** 0.5, dtype=weight.dtype).item()
 
 
-def _gemma(decoder: DecoderConfig, hidden_size: int, layers: tuple[LayerWidths, ...]) -> GemmaModel:
+def _gemma(decoder: DecoderConfig, hidden_size: int, layers: tuple[LayerWidths, ...]) -> Any:
     config = GemmaConfig(
         vocab_size=1,  # the embedding is replaced
         hidden_size=hidden_size,

@@ -66,7 +66,7 @@ def random_pi0(config, seed=0):
         if "norm" in name:
             parameter.data += 0.2 * torch.randn_like(parameter)
         elif "layers" in name:
-            parameter.data *= 4
+            parameter.data *= 2
         elif "embed_tokens" in name:
             parameter.data *= 0.2
     return model
