@@ -27,8 +27,7 @@ from rlrc_ros.vla.config import (
     DecoderConfig,
     ProprioceptionConfig,
 )
-from rlrc_ros.vla.openvla import OpenVLA
-from rlrc_ros.vla.policy import build_model, load_model
+from rlrc_ros.vla.policy import build_model, load_openvla
 from rlrc_ros.vla.processor import Processor, word_tokenizer
 from training.config import ModelConfig
 
@@ -40,14 +39,14 @@ class Trainable:
     """A policy in float32 on a device, and what belongs to it.
 
     Attributes:
-        model: its module.
+        model: its module: an OpenVLA, or where the stage can take one a Pi0.
         config: what its bundle's `config.json` says; the model's own `config` rules where they
             differ.
         tokenizer: its tokenizer.
         parent: the bundle it was loaded from, if any.
     """
 
-    model: OpenVLA
+    model: Any
     config: BundleConfig
     tokenizer: Tokenizer
     parent: Bundle | None
@@ -90,13 +89,13 @@ def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
     """Load a bundle to train it further.
 
     Raises:
-        UserError: it is damaged, or quantized: such weights have no gradients.
+        UserError: it is damaged, or quantized: such weights have no gradients; or it is pi0.
     """
     bundle = open_bundle(policy)
     bundle.require_action_scale()
     if bundle.config.quantization:
         raise UserError(f"{bundle.path}: is quantized; train its parent instead, and quantize last")
-    return Trainable(load_model(bundle, device), bundle.config, bundle.tokenizer(), bundle)
+    return Trainable(load_openvla(bundle, device), bundle.config, bundle.tokenizer(), bundle)
 
 
 def new_trainable(

@@ -17,18 +17,20 @@ def inspect(policy: str | Path) -> dict[str, Any]:
         UserError: there is no such bundle, or it is damaged.
     """
     bundle = open_bundle(policy)
-    stored = {"vision": 0, "projector": 0, "llm": 0}
+    parameters = parameter_counts(empty_model(bundle))
+    stored = {part: 0 for part in parameters if part != "total"}
     for name, size in bundle.sizes().items():
         stored[part_of(name)] += size
-    config = bundle.config
+    config, expert = bundle.config, bundle.config.architecture.expert
     return {
         "name": bundle.name,
         "path": str(bundle.path),
         "hash": bundle.hash,
-        "parameters": parameter_counts(empty_model(bundle)),
+        "parameters": parameters,
         "bytes": stored | {"total": sum(stored.values())},
         "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
         "layers": [asdict(widths) for widths in config.architecture.decoder.layers],
+        "expert_layers": [asdict(widths) for widths in expert.layers] if expert else None,
         "dtype": config.dtype,
         "quantization": asdict(config.quantization) if config.quantization else None,
         "control_rate": config.control_rate,

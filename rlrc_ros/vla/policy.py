@@ -23,9 +23,15 @@ from rlrc_ros.vla.engine import EagerEngine, Engine, UnrolledEngine
 from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvino_engine import OpenVINOEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.pi0 import Pi0
+from rlrc_ros.vla.pi0_engine import Pi0EagerEngine, Pi0GraphEngine
+from rlrc_ros.vla.pi0_processor import Pi0Processor
 from rlrc_ros.vla.processor import Observation, Processor
 
 EngineName = Literal["auto", "eager", "unrolled", "graph", "openvino"]
+AnyEngine = Engine | Pi0EagerEngine | Pi0GraphEngine
+ACTION_WIDTH = 7
+"""Values of an action that this program can command."""
 
 
 @dataclass
@@ -42,12 +48,14 @@ class ActionChunk:
     latency_ms: dict[str, float]
 
 
-def build_model(config: BundleConfig) -> OpenVLA:
+def build_model(config: BundleConfig) -> OpenVLA | Pi0:
     """The bundle's module tree with fresh weights."""
+    if config.architecture.expert is not None:
+        return Pi0(config.architecture)
     return OpenVLA(config.architecture, config.action_codec.n_bins, config.action_codec.dimensions)
 
 
-def empty_model(bundle: Bundle) -> OpenVLA:
+def empty_model(bundle: Bundle) -> OpenVLA | Pi0:
     """The bundle's module tree without memory, on the meta device.
 
     Raises:
@@ -62,7 +70,7 @@ def empty_model(bundle: Bundle) -> OpenVLA:
 
 def load_model(
     bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> OpenVLA:
+) -> OpenVLA | Pi0:
     """The bundle's model with its weights; what is not quantized is cast to `dtype`.
 
     Raises:
@@ -88,12 +96,29 @@ def load_model(
     return model.to(device).eval()
 
 
-def _belongs_to_quantized(model: OpenVLA, key: str) -> bool:
+def load_openvla(
+    bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> OpenVLA:
+    """`load_model` of a policy that decides by tokens.
+
+    Raises:
+        UserError: it is pi0, which decides otherwise; or what `load_model` refuses.
+    """
+    if bundle.config.architecture.expert is not None:
+        raise UserError(
+            f"{bundle.path}: is a pi0 policy; this takes one that decides by action tokens"
+        )
+    model = load_model(bundle, device, dtype)
+    assert isinstance(model, OpenVLA)
+    return model
+
+
+def _belongs_to_quantized(model: OpenVLA | Pi0, key: str) -> bool:
     return quantization.is_quantized(model.get_submodule(key.rpartition(".")[0]))
 
 
 def _refuse_misfits(
-    file: Path, model: OpenVLA, stored: dict[str, tuple[int, ...]], quantized: bool
+    file: Path, model: OpenVLA | Pi0, stored: dict[str, tuple[int, ...]], quantized: bool
 ) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layers = len(model.config.decoder.layers)
@@ -136,7 +161,7 @@ class Policy:
     def __init__(
         self,
         bundle: Bundle,
-        engine: Engine,
+        engine: AnyEngine,
         parameters: dict[str, int],
         device: torch.device,
         dtype: torch.dtype,
@@ -145,7 +170,8 @@ class Policy:
         self.engine, self.device, self.dtype = engine, device, dtype
         self.parameters = parameters
         tokenizer = bundle.tokenizer() if bundle.has_tokenizer else None
-        self.processor = Processor(bundle.config, tokenizer)
+        pi0 = bundle.config.architecture.expert is not None
+        self.processor = (Pi0Processor if pi0 else Processor)(bundle.config, tokenizer)
         self._codec = ActionCodec(bundle.config.action_codec)
 
     def act(self, observation: Observation) -> ActionChunk:
@@ -161,14 +187,20 @@ class Policy:
         if not self.engine.takes_bytes:
             inputs = inputs.to(self.device, self.dtype)
         ready = time.perf_counter()
-        bins = self.engine.bins(inputs).cpu().numpy()
-        actions = self._codec.decode(bins)
+        actions = self._decide(inputs)
         actions[:, -1] = actions[:, -1].clip(0.0, 1.0)
         if not np.isfinite(actions).all():
             raise UserError("the policy gave an action that is not finite")
         done = time.perf_counter()
         stages = {"preprocess": ready - start, "inference": done - ready, "total": done - start}
         return ActionChunk(actions, {name: seconds * 1e3 for name, seconds in stages.items()})
+
+    def _decide(self, inputs: Inputs) -> NDArray[np.float64]:
+        """(T, 7) actions, from the engine's tokens or from its chunk of continuous values."""
+        if isinstance(self.engine, Pi0EagerEngine | Pi0GraphEngine):
+            chunk = self.engine.chunk(inputs)[0].double().numpy()
+            return self._codec.unscale(chunk[:, :ACTION_WIDTH])
+        return self._codec.decode(self.engine.bins(inputs).cpu().numpy())
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part and in total."""
@@ -186,8 +218,7 @@ class Policy:
         self.bundle.require_action_scale()
         start = time.perf_counter()
         config, in_bytes = self.config, self.engine.takes_bytes
-        size = config.architecture.towers[0].image_size
-        grey = np.full((1, size, size, 3), 128, np.uint8)
+        grey = np.full((1, *self.processor.image_shape), 128, np.uint8)
         resting = np.asarray(config.proprioception.mean)[None] if config.proprioception else None
         inputs = Inputs(
             torch.full((1, 16), config.architecture.decoder.bos_token_id),
@@ -199,17 +230,17 @@ class Policy:
             inputs = inputs.to(self.device, self.dtype)
         self.engine.prepare()
         for _ in range(2):
-            self.engine.bins(inputs)
+            self._decide(inputs)
         return time.perf_counter() - start
 
 
 def part_of(name: str) -> str:
-    """The part that a stored tensor belongs to: vision, projector or llm."""
-    heads = {"vision_backbone": "vision", "language_model": "llm"}
+    """The part that a stored tensor belongs to: vision, projector, llm or expert."""
+    heads = {"vision_backbone": "vision", "language_model": "llm", "expert": "expert"}
     return heads.get(name.partition(".")[0], "projector")
 
 
-def parameter_counts(model: OpenVLA) -> dict[str, int]:
+def parameter_counts(model: OpenVLA | Pi0) -> dict[str, int]:
     """Parameters by part, and in total; a quantized weight counts as what it stands for."""
 
     def count(parameter: Any) -> int:
@@ -227,12 +258,13 @@ def load_policy(
     dtype: str = "auto",
     unnorm_key: str | None = None,
 ) -> Policy:
-    """Load a bundle or an OpenVLA checkpoint and make it ready to act.
+    """Load a bundle, or an OpenVLA or pi0 checkpoint, and make it ready to act.
 
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
         engine: `auto` takes `unrolled` on a CPU, else `eager`; `graph` has yet to be run on a GPU.
+            For pi0 `auto` is `eager`, and there is `graph`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -249,13 +281,18 @@ def load_policy(
             f"device '{device}' cannot be used ({str(error).splitlines()[0]})"
         ) from None
     bundle = open_bundle(policy, unnorm_key)
-    on_cpu = target.type == "cpu"
+    on_cpu, pi0 = target.type == "cpu", bundle.config.architecture.expert is not None
     if engine == "auto":
-        engine = "unrolled" if on_cpu else "eager"
+        engine = "unrolled" if on_cpu and not pi0 else "eager"
+    if pi0:
+        _refuse_pi0(bundle, engine)
     if engine in ("unrolled", "openvino") and not on_cpu:
         raise UserError(f"the {engine} engine runs on a CPU only; take engine 'graph' or 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
     build = _ENGINES[engine]
+    if pi0:
+        cameras = len(bundle.config.cameras)
+        build = Pi0EagerEngine if engine == "eager" else partial(Pi0GraphEngine, cameras=cameras)
     if engine == "openvino":  # which casts by itself, where it takes weights in float32
         build = partial(OpenVINOEngine, precision="bf16" if kind == torch.bfloat16 else "f32")
         kind = torch.float32
@@ -265,7 +302,18 @@ def load_policy(
     return Policy(bundle, build(model), parameters, target, kind)
 
 
-_ENGINES: dict[str, Callable[[OpenVLA], Engine]] = {
+def _refuse_pi0(bundle: Bundle, engine: str) -> None:
+    """Say what this program cannot do with a pi0 policy."""
+    if engine not in ("eager", "graph"):
+        raise UserError(f"{bundle.path}: is a pi0 policy; its engines are 'eager' and 'graph'")
+    if (found := bundle.config.action_codec.dimensions) != ACTION_WIDTH:
+        raise UserError(
+            f"{bundle.path}: its actions have {found} values; this program commands the motion of "
+            f"one end effector and its gripper, {ACTION_WIDTH} values"
+        )
+
+
+_ENGINES: dict[str, Callable[[Any], AnyEngine]] = {
     "eager": EagerEngine,
     "unrolled": UnrolledEngine,
     "graph": GraphEngine,

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.vla.config import BundleConfig
+from rlrc_ros.vla.config import BundleConfig, CameraConfig
 from rlrc_ros.vla.openvla import Inputs
 
 
@@ -73,7 +73,7 @@ class Processor:
         """
         if instruction in self._token_ids:
             return self._token_ids[instruction]
-        words = instruction.strip().lower()
+        words = self._words(instruction)
         if not words:
             raise UserError("the instruction is empty; say what the robot should do")
         if self._tokenizer is None:
@@ -95,7 +95,7 @@ class Processor:
             and ids[-1] != self.config.prompt_suffix_token
         ):
             ids.append(self.config.prompt_suffix_token)
-        room = decoder.max_positions - self.config.architecture.towers[0].patches - 16
+        room = decoder.max_positions - self._patches - 16
         if len(ids) > room:
             raise UserError(
                 f"the instruction takes {len(ids)} tokens, and the policy's context has room for "
@@ -105,6 +105,21 @@ class Processor:
             self._token_ids.clear()
         self._token_ids[instruction] = ids
         return ids
+
+    def _words(self, instruction: str) -> str:
+        """The instruction as the policy was trained to read it."""
+        return instruction.strip().lower()
+
+    @property
+    def _patches(self) -> int:
+        """How many tokens the policy's images become."""
+        return self.config.architecture.towers[0].patches
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of what `image` gives."""
+        size = self.config.architecture.towers[0].image_size
+        return size, size, 3
 
     def batch_token_ids(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(B, T) ids padded at the end, and the (B, T) mask.
@@ -148,7 +163,9 @@ class Processor:
         Raises:
             UserError: the camera is missing, or its picture is none.
         """
-        camera = self.config.cameras[0]
+        return self._seen_by(self.config.cameras[0], observation)
+
+    def _seen_by(self, camera: CameraConfig, observation: Observation) -> NDArray[np.uint8]:
         image = observation.images.get(camera.name)
         if image is None:
             there = ", ".join(sorted(observation.images)) or "none"

@@ -1,7 +1,6 @@
-"""Small pi0 policies with random weights, and transformers' own pi0 with the same."""
+"""Small pi0 policies with random weights."""
 
 import torch
-from transformers import PI0Config, PI0ForConditionalGeneration
 
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
@@ -91,94 +90,3 @@ def observed(config, tokens=7, batch=1, seed=0, lengths=None):
 def noise(config, batch=1, seed=1):
     shape = (batch, config.expert.chunk, config.expert.action_width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-UPSTREAM = (
-    ("vision_backbone.", "model.vlm.vision_tower."),
-    ("projector.", "model.vlm.multi_modal_projector."),
-    ("language_model.model.", "model.vlm.language_model."),
-    ("expert.model.", "model.dit."),
-    ("expert.action_out_proj.", "action_out_proj."),
-    ("expert.", "embed_action_time."),
-)
-
-
-def upstream_names(names):
-    """What transformers calls our tensors."""
-    found = {}
-    for name in names:
-        mine, theirs = next(pair for pair in UPSTREAM if name.startswith(pair[0]))
-        found[name] = theirs + name[len(mine) :]
-    return found
-
-
-def upstream(model):
-    """transformers' own pi0 over the same weights."""
-    config, expert = model.config, model.config.expert
-    tower, decoder = config.towers[0], config.decoder
-    gemma = {"model_type": "gemma", "head_dim": decoder.head_dim}
-    first = decoder.layers[0]
-    theirs = PI0ForConditionalGeneration(
-        PI0Config(
-            vlm_config={
-                "model_type": "paligemma",
-                "text_config": {
-                    **gemma,
-                    "hidden_size": decoder.hidden_size,
-                    "num_hidden_layers": len(decoder.layers),
-                    "intermediate_size": first.ffn,
-                    "num_attention_heads": first.heads,
-                    "num_key_value_heads": first.kv_heads,
-                    "vocab_size": decoder.vocab_size,
-                },
-                "vision_config": {
-                    "model_type": "siglip_vision_model",
-                    "intermediate_size": tower.ffn,
-                    "hidden_size": tower.width,
-                    "patch_size": tower.patch,
-                    "image_size": tower.image_size,
-                    "num_hidden_layers": tower.depth,
-                    "num_attention_heads": tower.heads,
-                    "vision_use_head": False,
-                },
-                "projection_dim": decoder.hidden_size,
-                "image_token_id": decoder.vocab_size,
-            },
-            dit_config={
-                **gemma,
-                "hidden_size": expert.hidden_size,
-                "num_hidden_layers": len(expert.layers),
-                "intermediate_size": expert.layers[0].ffn,
-                "num_attention_heads": expert.layers[0].heads,
-                "num_key_value_heads": expert.layers[0].kv_heads,
-            },
-            chunk_size=expert.chunk,
-            max_state_dim=expert.state_width,
-            max_action_dim=expert.action_width,
-            num_inference_steps=expert.steps,
-        )
-    ).eval()
-    state = model.state_dict()
-    renamed = {theirs: state[name] for name, theirs in upstream_names(state).items()}
-    left = theirs.load_state_dict(renamed, strict=False)
-    assert left.missing_keys == ["model.dit.embed_tokens.weight"] and not left.unexpected_keys
-    return theirs
-
-
-def upstream_inputs(config, inputs):
-    """As transformers' own processor lays out what we hold."""
-    batch, cameras = inputs.pixel_values.shape[:2]
-    patches = cameras * config.towers[0].patches
-    images = inputs.input_ids.new_full((batch, patches), config.decoder.vocab_size)
-    mask = inputs.attention_mask
-    mask = torch.ones_like(inputs.input_ids, dtype=torch.bool) if mask is None else mask
-    state = torch.zeros(batch, config.expert.state_width)
-    if inputs.proprioception is not None:
-        state[:, : inputs.proprioception.shape[1]] = inputs.proprioception
-    return {
-        "state": state,
-        "input_ids": torch.cat([images, inputs.input_ids], 1),
-        "pixel_values": inputs.pixel_values,
-        "attention_mask": torch.cat([mask.new_ones(batch, patches), mask], 1).long(),
-        "pixel_attention_mask": torch.ones(batch, cameras, dtype=torch.bool),
-    }

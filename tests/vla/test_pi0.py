@@ -2,14 +2,8 @@ import pytest
 import torch
 
 from rlrc_ros.vla.pi0 import Pi0, start_noise
-from tests.vla.pi0_policies import (
-    architecture,
-    noise,
-    observed,
-    random_pi0,
-    upstream,
-    upstream_inputs,
-)
+from rlrc_ros.vla.pi0_upstream import upstream_inputs, upstream_model
+from tests.vla.pi0_policies import architecture, noise, observed, random_pi0
 
 SHAPES = {
     "whole": {},
@@ -23,7 +17,7 @@ def test_actions_are_those_of_transformers(shape):
     config = architecture(**shape)
     model = random_pi0(config)
     inputs, start = observed(config), noise(config)
-    expected = upstream(model).sample_actions(
+    expected = upstream_model(model).sample_actions(
         noise=start.clone(), **upstream_inputs(config, inputs)
     )
     found = model.generate(inputs, start)
@@ -36,7 +30,7 @@ def test_prompts_of_different_lengths_in_one_batch():
     model = random_pi0(config)
     inputs, start = observed(config, tokens=9, batch=3, lengths=(9, 4, 6)), noise(config, 3)
     together = model.generate(inputs, start)
-    expected = upstream(model).sample_actions(
+    expected = upstream_model(model).sample_actions(
         noise=start.clone(), **upstream_inputs(config, inputs)
     )
     torch.testing.assert_close(together, expected, atol=1e-5, rtol=0)
@@ -53,7 +47,7 @@ def test_the_flow_is_that_of_transformers_in_training():
     model = random_pi0(config)
     inputs, start = observed(config, batch=2), noise(config, 2)
     actions, time = noise(config, 2, seed=5), torch.tensor([0.2, 0.9])
-    expected = upstream(model)(
+    expected = upstream_model(model)(
         noise=start, timestep=time, actions=actions, **upstream_inputs(config, inputs)
     )
     when = time[:, None, None]
