@@ -328,15 +328,18 @@ def floor_ms(contestant: Contestant, rates: dict[str, float]) -> float:
     assert expert is not None
     counts = contestant.facts["parameters"]
     patches = len(config.cameras) * config.architecture.towers[0].patches
-    entries = decoder.vocab_size * decoder.hidden_size  # of the embedding, rows are looked up
-    read = parts["llm"] - entries * contestant.dtype.itemsize
+    # Of the embedding, rows are looked up; of the last layer, keys and values are used.
+    embedding = decoder.vocab_size * decoder.hidden_size * contestant.dtype.itemsize
+    *layers, last = decoder.layers
+    used = sum((w.heads + w.kv_heads) * 2 * decoder.head_dim + 3 * w.ffn for w in layers)
+    used = decoder.hidden_size * (used + 2 * last.kv_heads * decoder.head_dim)
 
     def seconds(weights: int, operations: int) -> float:
         return max(weights / rates["bytes_per_s"], operations / rates["operations_per_s"])
 
     seen = counts["vision"] + counts["projector"]
     total = seconds(parts["vision"] + parts["projector"], 2 * seen * patches)
-    total += seconds(read, 2 * (counts["llm"] - entries) * (patches + PROMPT))
+    total += seconds(parts["llm"] - embedding, 2 * used * (patches + PROMPT))
     total += expert.steps * seconds(parts["expert"], 2 * counts["expert"] * expert.chunk)
     return total * 1e3
 

@@ -47,6 +47,7 @@ def upstream_config(config: ArchitectureConfig) -> PI0Config:
             "head_dim": decoder.head_dim,
             "vocab_size": decoder.vocab_size,
             "rms_norm_eps": decoder.rms_norm_eps,
+            "max_position_embeddings": decoder.max_positions,
             "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
         }
 

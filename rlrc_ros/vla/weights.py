@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ class WeightFiles:
     Attributes:
         path: the file, or the directory of the shards.
         files: the file that holds a tensor, by the tensor's name.
+        stored_as: the name in the file, of those tensors that are known by another.
     """
 
     path: Path
     files: dict[str, Path]
+    stored_as: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, directory: Path) -> WeightFiles:
@@ -58,13 +60,18 @@ class WeightFiles:
             )
         return cls(single, dict.fromkeys(_names(single), single))
 
+    def under(self, names: dict[str, str]) -> WeightFiles:
+        """Some of the tensors, by other names: each new name with the one that it has now."""
+        files = {name: self.files[stored] for name, stored in names.items()}
+        return WeightFiles(self.path, files, names)
+
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype (as safetensors names it) of each tensor; reads no tensor."""
         found = {}
         for file, names in self._by_file().items():
             with opened(file) as stored:
                 for name in names:
-                    entry = stored.get_slice(name)
+                    entry = stored.get_slice(self.stored_as.get(name, name))
                     found[name] = (tuple(entry.get_shape()), entry.get_dtype())
         return found
 
@@ -88,7 +95,7 @@ class WeightFiles:
                 with opened(file) as stored:
                     while left and (unmap_at is None or read < unmap_at):
                         name = left.pop()
-                        tensor = stored.get_tensor(name)
+                        tensor = stored.get_tensor(self.stored_as.get(name, name))
                         read += tensor.nbytes
                         yield name, tensor
                         del tensor
