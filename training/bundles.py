@@ -27,7 +27,7 @@ from rlrc_ros.vla.config import (
     DecoderConfig,
     ProprioceptionConfig,
 )
-from rlrc_ros.vla.policy import build_model, load_openvla
+from rlrc_ros.vla.policy import build_model, load_model, load_openvla, processor_of
 from rlrc_ros.vla.processor import Processor, word_tokenizer
 from training.config import ModelConfig
 
@@ -54,7 +54,7 @@ class Trainable:
     @property
     def processor(self) -> Processor:
         """Its preprocessing."""
-        return Processor(self.config, self.tokenizer)
+        return processor_of(self.config, self.tokenizer)
 
     @property
     def codec(self) -> ActionCodec:
@@ -85,8 +85,10 @@ def _machine() -> str:
     )
 
 
-def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
+def load_trainable(policy: str | Path, device: torch.device, pi0: bool = False) -> Trainable:
     """Load a bundle to train it further.
+
+    pi0: whether the stage can take such a policy.
 
     Raises:
         UserError: it is damaged, or quantized: such weights have no gradients; or it is pi0.
@@ -95,7 +97,8 @@ def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
     bundle.require_action_scale()
     if bundle.config.quantization:
         raise UserError(f"{bundle.path}: is quantized; train its parent instead, and quantize last")
-    return Trainable(load_openvla(bundle, device), bundle.config, bundle.tokenizer(), bundle)
+    model = (load_model if pi0 else load_openvla)(bundle, device)
+    return Trainable(model, bundle.config, bundle.tokenizer(), bundle)
 
 
 def new_trainable(

@@ -65,6 +65,9 @@ class Batch:
 class DemonstrationBatches:
     """Random batches of demonstration steps, kept on the device."""
 
+    CHECKED = ("images", "proprioception", "bins")
+    """What must have the same shape in all demonstrations."""
+
     def __init__(self, processor: Processor, codec: ActionCodec, device: torch.device) -> None:
         self._processor, self._codec, self._device = processor, codec, device
         self._instructions: dict[str, int] = {}
@@ -86,14 +89,8 @@ class DemonstrationBatches:
         for text in data.instructions:
             self._instructions.setdefault(text, len(self._instructions))
         numbers = np.array([self._instructions[text] for text in data.instructions])
-        arrays: dict[str, NDArray[Any]] = {
-            "images": data.images,
-            "proprioception": data.proprioception,
-            "bins": self._codec.encode(data.actions.astype(np.float64)),
-            "grounding": data.grounding,
-            "prompts": numbers[data.prompts],
-        }
-        for name in ("images", "proprioception", "bins") if self._steps else ():
+        arrays = self._arrays(data) | {"prompts": numbers[data.prompts]}
+        for name in self.CHECKED if self._steps else ():
             here, there = tuple(self._steps[name].shape[1:]), arrays[name].shape[1:]
             if here != there:
                 raise UserError(
@@ -111,6 +108,15 @@ class DemonstrationBatches:
         self._ids = ids.to(self._device)
         self._mask = None if mask is None else mask.to(self._device)
 
+    def _arrays(self, data: Demonstrations) -> dict[str, NDArray[Any]]:
+        """What is kept of each step, apart from its prompt."""
+        return {
+            "images": data.images,
+            "proprioception": data.proprioception,
+            "bins": self._codec.encode(data.actions.astype(np.float64)),
+            "grounding": data.grounding,
+        }
+
     @property
     def grounding_size(self) -> int:
         """How many grounding values a step has."""
@@ -125,25 +131,36 @@ class DemonstrationBatches:
         # Drawn on the device: a copy to it would wait for everything before.
         steps = self._steps
         rows = torch.randint(len(steps["bins"]), (size,), device=self._device)
-        prompts = steps["prompts"][rows]
-        images = steps["images"][rows]
+        inputs = self._inputs(rows, self._pixels(rows, brightness, shift))
+        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows])
+
+    def _pixels(self, rows: Tensor, brightness: float, shift: int) -> Tensor:
+        """The steps' images, normalised, changed at random."""
+        images, size = self._steps["images"][rows], len(rows)
         if shift:
             images = shifted(
                 images, torch.randint(-shift, shift + 1, (2, size), device=self._device)
             )
-        pixels = self._processor.pixel_values(images)
+        pixels = self._normalised(images)
         if brightness:
             change = 2 * torch.rand(2, size, 1, 1, 1, device=self._device) - 1
             gain, contrast = 1 + brightness * change
             mean = pixels.mean((2, 3), keepdim=True)
             pixels = mean * gain + (pixels - mean) * contrast
-        inputs = Inputs(
+        return pixels
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, C, H, W) float32."""
+        return self._processor.pixel_values(images)
+
+    def _inputs(self, rows: Tensor, pixels: Tensor) -> Inputs:
+        prompts = self._steps["prompts"][rows]
+        return Inputs(
             self._ids[prompts],
             None if self._mask is None else self._mask[prompts],
             pixels,
-            self._processor.normalise_proprioception(steps["proprioception"][rows]),
+            self._processor.normalise_proprioception(self._steps["proprioception"][rows]),
         )
-        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows])
 
 
 def shifted(images: Tensor, by: Tensor) -> Tensor:

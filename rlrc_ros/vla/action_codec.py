@@ -31,9 +31,7 @@ class ActionCodec:
 
         Values outside the range are clipped.
         """
-        span = np.where(self._mask & (self._high > self._low), self._high - self._low, 1.0)
-        scaled = np.where(self._mask, 2 * (actions - self._low) / span - 1, actions)
-        digits = np.digitize(np.clip(scaled, -1.0, 1.0), self._edges)
+        digits = np.digitize(np.clip(self.scale(actions), -1.0, 1.0), self._edges)
         return (self.config.n_bins - digits).astype(np.int64)
 
     def decode(self, bins: Ints) -> Floats:
@@ -41,6 +39,11 @@ class ActionCodec:
         last = len(self._centres) - 1
         scaled = self._centres[np.clip(self.config.n_bins - 1 - np.asarray(bins), 0, last)]
         return self.unscale(scaled)
+
+    def scale(self, actions: Floats) -> Floats:
+        """(…, D) actions -> (…, D) values, q01 at -1 and q99 at +1; nothing is clipped."""
+        span = np.where(self._mask & (self._high > self._low), self._high - self._low, 1.0)
+        return np.where(self._mask, 2 * (actions - self._low) / span - 1, actions)
 
     def unscale(self, scaled: Floats) -> Floats:
         """(…, D) values, q01 at -1 and q99 at +1 -> (…, D) actions; nothing is clipped."""

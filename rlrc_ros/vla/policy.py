@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla import quantization
@@ -53,6 +54,12 @@ def build_model(config: BundleConfig) -> OpenVLA | Pi0:
     if config.architecture.expert is not None:
         return Pi0(config.architecture)
     return OpenVLA(config.architecture, config.action_codec.n_bins, config.action_codec.dimensions)
+
+
+def processor_of(config: BundleConfig, tokenizer: Tokenizer | None) -> Processor:
+    """The bundle's preprocessing."""
+    pi0 = config.architecture.expert is not None
+    return (Pi0Processor if pi0 else Processor)(config, tokenizer)
 
 
 def empty_model(bundle: Bundle) -> OpenVLA | Pi0:
@@ -170,8 +177,7 @@ class Policy:
         self.engine, self.device, self.dtype = engine, device, dtype
         self.parameters = parameters
         tokenizer = bundle.tokenizer() if bundle.has_tokenizer else None
-        pi0 = bundle.config.architecture.expert is not None
-        self.processor = (Pi0Processor if pi0 else Processor)(bundle.config, tokenizer)
+        self.processor = processor_of(bundle.config, tokenizer)
         self._codec = ActionCodec(bundle.config.action_codec)
 
     def act(self, observation: Observation) -> ActionChunk:

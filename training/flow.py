@@ -1,0 +1,113 @@
+"""The flow-matching loss of pi0, and batches of demonstrations to take it on.
+
+Black et al., pi0, arXiv 2410.24164, section IV; times are drawn as openpi draws them
+(`openpi/src/openpi/models/pi0.py`, `compute_loss`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlrc_ros.errors import UserError
+from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.config import ExpertConfig
+from rlrc_ros.vla.openvla import Inputs
+from rlrc_ros.vla.pi0 import Pi0
+from rlrc_ros.vla.processor import Processor
+from training.data.demonstrations import Demonstrations
+from training.sft import DemonstrationBatches
+
+TIME_ALPHA, TIME_BETA = 1.5, 1.0
+"""Of the Beta distribution that times come from: more of them near the noise."""
+TIME_SCALE, TIME_OFFSET = 0.999, 0.001
+
+
+@dataclass
+class FlowBatch:
+    """Steps of demonstrations, each with the actions from it on.
+
+    Attributes:
+        inputs: what the policy sees.
+        actions: (B, chunk, action_width), scaled to the model's range, zeros where it is padding.
+        known: (B, chunk) bool, False after the episode's end.
+    """
+
+    inputs: Inputs
+    actions: Tensor
+    known: Tensor
+
+
+class FlowBatches(DemonstrationBatches):
+    """Random batches of demonstration steps with their chunks, kept on the device.
+
+    Raises:
+        UserError: the policy looks through several cameras; demonstrations have one.
+    """
+
+    CHECKED = ("images", "proprioception", "actions")
+
+    def __init__(
+        self, processor: Processor, codec: ActionCodec, device: torch.device, expert: ExpertConfig
+    ) -> None:
+        if (cameras := len(processor.config.cameras)) != 1:
+            raise UserError(
+                f"the policy looks through {cameras} cameras, and demonstrations are of one"
+            )
+        super().__init__(processor, codec, device)
+        self._expert = expert
+
+    def _arrays(self, data: Demonstrations) -> dict[str, NDArray[Any]]:
+        size = self._processor.config.architecture.towers[0].image_size
+        if data.images.shape[1:3] != (size, size):
+            raise UserError(
+                f"the demonstrations' images are {data.images.shape[1]}×{data.images.shape[2]}, "
+                f"and the policy's vision takes {size}×{size}; record or export them so"
+            )
+        taken = len(self._steps["prompts"]) if self._steps else 0
+        lengths = [episode["steps"] for episode in data.episodes]
+        return {
+            "images": data.images,
+            "proprioception": data.proprioception,
+            "actions": self._codec.scale(data.actions.astype(np.float64)).astype(np.float32),
+            "last": np.repeat(taken + np.cumsum(lengths) - 1, lengths),
+        }
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return self._processor.pixel_values(images[:, None])[:, 0]
+
+    def sample(self, size: int, brightness: float = 0.0, shift: int = 0) -> FlowBatch:  # type: ignore[override]
+        """`size` steps, drawn with the device's global generator; images changed as in the base."""
+        steps, expert = self._steps, self._expert
+        rows = torch.randint(len(steps["prompts"]), (size,), device=self._device)
+        pixels = self._pixels(rows, brightness, shift)
+        places = rows[:, None] + torch.arange(expert.chunk, device=self._device)
+        last = steps["last"][rows][:, None]
+        actions = steps["actions"][places.minimum(last)]
+        padding = expert.action_width - actions.shape[2]
+        return FlowBatch(
+            self._inputs(rows, pixels[:, None]),
+            torch.nn.functional.pad(actions, (0, padding)),
+            places <= last,
+        )
+
+
+def flow_loss(model: Pi0, batch: FlowBatch) -> Tensor:
+    """Mean squared error of the flow, over actions that are known; noise and times drawn anew."""
+    actions = batch.actions
+    beta = torch.distributions.Beta(
+        torch.tensor(TIME_ALPHA, device=actions.device),
+        torch.tensor(TIME_BETA, device=actions.device),
+    )
+    time = beta.sample((len(actions),)) * TIME_SCALE + TIME_OFFSET
+    noise = torch.randn_like(actions)
+    when = time[:, None, None]
+    noisy = when * noise + (1 - when) * actions
+    flow = model.velocity(model.prefix(batch.inputs), batch.inputs.proprioception, noisy, time)
+    error = (flow - (noise - actions)).square().mean(2)
+    return (error * batch.known).sum() / batch.known.sum()
