@@ -1,4 +1,6 @@
-"""The flow-matching loss of pi0, and batches of demonstrations to take it on.
+"""Supervised fine-tuning of pi0: the flow-matching loss, and demonstrations in chunks.
+
+    rlrc sft CONFIG --policy BUNDLE --demonstrations DIR --out BUNDLE
 
 Black et al., pi0, arXiv 2410.24164, section IV; times are drawn as openpi draws them
 (`openpi/src/openpi/models/pi0.py`, `compute_loss`).
@@ -6,13 +8,17 @@ Black et al., pi0, arXiv 2410.24164, section IV; times are drawn as openpi draws
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.action_codec import ActionCodec
@@ -20,8 +26,11 @@ from rlrc_ros.vla.config import ExpertConfig
 from rlrc_ros.vla.openvla import Inputs
 from rlrc_ros.vla.pi0 import Pi0
 from rlrc_ros.vla.processor import Processor
+from training.bundles import Trainable
+from training.common import seed_everything
+from training.config import SftConfig
 from training.data.demonstrations import Demonstrations
-from training.sft import DemonstrationBatches
+from training.sft import DemonstrationBatches, Trainer
 
 TIME_ALPHA, TIME_BETA = 1.5, 1.0
 """Of the Beta distribution that times come from: more of them near the noise."""
@@ -92,7 +101,7 @@ class FlowBatches(DemonstrationBatches):
         padding = expert.action_width - actions.shape[2]
         return FlowBatch(
             self._inputs(rows, pixels[:, None]),
-            torch.nn.functional.pad(actions, (0, padding)),
+            F.pad(actions, (0, padding)),
             places <= last,
         )
 
@@ -111,3 +120,46 @@ def flow_loss(model: Pi0, batch: FlowBatch) -> Tensor:
     flow = model.velocity(model.prefix(batch.inputs), batch.inputs.proprioception, noisy, time)
     error = (flow - (noise - actions)).square().mean(2)
     return (error * batch.known).sum() / batch.known.sum()
+
+
+class FlowTrainer(Trainer):
+    """One run of SFT on the flow's loss, resumable as its base is."""
+
+    LOGGED = ("loss",)
+
+    def _new_head(self) -> nn.Module:
+        return nn.Module()  # nothing
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        return ()  # layers hand each other a cache that grows, which compiling does not like
+
+    def _losses(self) -> tuple[Tensor, ...]:
+        config = self._config
+        batch: Any = self._batches.sample(config.batch_size, config.brightness, config.shift)
+        with self._autocast():
+            return (flow_loss(self._model, batch),)
+
+
+def run(
+    config: SftConfig,
+    trainable: Trainable,
+    batches: FlowBatches,
+    *,
+    seed: int,
+    device: torch.device,
+    work: Path,
+) -> dict[str, Any]:
+    """Train on demonstrations; returns the stage's facts.
+
+    Raises:
+        UserError: the configuration asks for what is there for action tokens only.
+    """
+    if config.corrections or config.grounding or config.label_width:
+        raise UserError(
+            "sft: of a pi0 policy there are no 'corrections', 'grounding' and 'label_width'; leave "
+            "them out"
+        )
+    seed_everything(seed)
+    began = time.perf_counter()
+    metrics = FlowTrainer(trainable.model, batches, config, device, work).run()
+    return {"seed": seed, "seconds": time.perf_counter() - began, **asdict(config), **metrics}

@@ -3,6 +3,8 @@
     rlrc sft CONFIG --demonstrations DIR --out BUNDLE                     a new policy
     rlrc sft CONFIG --demonstrations DIR --out BUNDLE --policy PRUNED     recover one
 
+A pi0 policy is trained on the loss of its flow instead, see `training.flow`.
+
 Cross-entropy on the action's tokens, as OpenVLA is trained. On the way the policy may act itself
 while the scripted expert says what it would have done (DAgger); those episodes join the
 demonstrations.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -237,9 +239,11 @@ class Trainer:
             round is due; adds it to the batches. Must not collect again what was collected before.
     """
 
+    LOGGED: tuple[str, ...] = ("loss", "token_accuracy", "grounding_loss")
+
     def __init__(
         self,
-        model: OpenVLA,
+        model: Any,
         batches: DemonstrationBatches,
         config: SftConfig,
         device: torch.device,
@@ -248,9 +252,7 @@ class Trainer:
     ) -> None:
         self._model, self._batches, self._config, self._device = model, batches, config, device
         self._work, self._collect = work, correct
-        self._head = GroundingHead(
-            model.config.decoder.hidden_size, batches.grounding_size, device=device
-        )
+        self._head: nn.Module = self._new_head()
         self._learnt = nn.ModuleDict({"model": model, "head": self._head})
         self._optimizer = torch.optim.AdamW(
             self._learnt.parameters(),
@@ -262,18 +264,40 @@ class Trainer:
         self._current = model.state_dict()
         self._average = {name: value.clone() for name, value in self._current.items()}
         self._step = 0
-        self._sums, self._metrics = torch.zeros(3, device=device), dict[str, float]()
+        self._sums = torch.zeros(len(self.LOGGED), device=device)
+        self._metrics = dict[str, float]()
         work.mkdir(parents=True, exist_ok=True)
         self._restore()
         self._log = MetricsLog(work / "log.csv", self._step)
+
+    def _new_head(self) -> nn.Module:
+        """What is trained beside the policy, and thrown away."""
+        hidden = self._model.config.decoder.hidden_size
+        return GroundingHead(hidden, self._batches.grounding_size, device=self._device)
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        """What is worth compiling: blocks of which there are many."""
+        model = self._model
+        return (*model.vision_backbone.featurizer.blocks, *model.language_model.model.layers)
+
+    def _losses(self) -> tuple[Tensor, ...]:
+        """Of a new batch, as `LOGGED` names them; the first is minimised."""
+        config = self._config
+        batch = self._batches.sample(config.batch_size, config.brightness, config.shift)
+        with self._autocast():
+            losses = sft_losses(self._model, self._head, batch, config)  # type: ignore[arg-type]
+        return losses.total, losses.token_accuracy, losses.grounding
+
+    def _autocast(self) -> torch.autocast:
+        dtype = compute_dtype(self._device)
+        return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last metrics."""
         config, model, device = self._config, self._model, self._device
         if device.type == "cuda":
             # Layer by layer: the same few kernels serve all, and compiling takes seconds.
-            tower = model.vision_backbone.featurizer
-            for block in (*tower.blocks, *model.language_model.model.layers):
+            for block in self._blocks():
                 block.compile(dynamic=False)
         every = max(1, config.steps // 100)
         began = time.perf_counter()
@@ -282,12 +306,10 @@ class Trainer:
         steps = range(first, config.steps)
         for self._step in tqdm(steps, "sft", initial=first, total=config.steps, unit="step"):
             self._correct(first)
-            losses = self._update()
-            seen = torch.stack([losses.total, losses.token_accuracy, losses.grounding])
-            self._sums += seen.detach()
+            self._sums += self._update()
             if (self._step + 1) % every == 0:
-                names = ("loss", "token_accuracy", "grounding_loss")
-                self._metrics = dict(zip(names, (self._sums / every).tolist(), strict=True))
+                means = (self._sums / every).tolist()
+                self._metrics = dict(zip(self.LOGGED, means, strict=True))
                 rate = every * config.batch_size / (time.perf_counter() - began)
                 self._log.write(step=self._step, **self._metrics, samples_per_s=rate)
                 self._sums.zero_()
@@ -298,15 +320,13 @@ class Trainer:
         model.eval()
         return self._metrics
 
-    def _update(self) -> Losses:
+    def _update(self) -> Tensor:
+        """One step; the losses."""
         config = self._config
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(self._step, config)
-        batch = self._batches.sample(config.batch_size, config.brightness, config.shift)
-        dtype = compute_dtype(self._device)
-        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
-            losses = sft_losses(self._model, self._head, batch, config)
-        losses.total.backward()
+        losses = self._losses()
+        losses[0].backward()
         nn.utils.clip_grad_norm_(self._learnt.parameters(), config.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -314,7 +334,7 @@ class Trainer:
         decay = min(config.average, (1 + self._step) / (10 + self._step))
         averages, current = list(self._average.values()), list(self._current.values())
         torch._foreach_lerp_(averages, current, 1 - decay)
-        return losses
+        return torch.stack(losses).detach()
 
     def _correct(self, first: int) -> None:
         """Collect a corrections round if it is due; after a resume, take up the earlier ones."""

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from rlrc_ros.paths import config_file
+from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.timing import INSTRUCTION, synthetic_observation
 from rlrc_ros.vla import load_policy
 from rlrc_ros.vla.bundle import open_bundle, provenance, write_bundle
@@ -215,6 +216,28 @@ def test_pi0_pruned_then_quantized(rlrc, pi0_bundle, tmp_path):
     assert facts["expert_layers"] != [{"heads": 4, "kv_heads": 1, "ffn": 64}] * 3
     assert "expert layers (query heads" in rlrc("inspect", small)[1]
     assert load_policy(small).act(synthetic_observation(open_bundle(small).config, INSTRUCTION, 0))
+
+
+def test_pi0_fine_tuned(rlrc, tmp_path):
+    architecture = pi0_config(("front",)).architecture
+    tower = dataclasses.replace(architecture.towers[0], image_size=128, patch=32)
+    config = dataclasses.replace(
+        pi0_config(("front",)), architecture=dataclasses.replace(architecture, towers=(tower,))
+    )
+    text, data = TINY.replace("steps: 20", "steps: 2"), tmp_path / "demonstrations"
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    wanted = dataclasses.replace(load_config(file).demonstrations, episodes=1)
+    collect_demonstrations(data, wanted, workers=1)
+    origin, tokenizer = provenance(None, "original"), word_tokenizer([*VOCABULARY, "in", "out"])
+    weights = random_pi0(config.architecture).state_dict()
+    bundle = write_bundle(tmp_path / "pi0", config, weights, tokenizer, origin)
+    words = ["sft", file, "--policy", bundle.path, "--out", tmp_path / "trained"]
+    status, printed, _ = rlrc(*words, "--demonstrations", data, "--device", "cpu", "--json")
+    assert status == 0 and json.loads(printed)["loss"] > 0
+    trained = open_bundle(tmp_path / "trained")
+    assert trained.config.architecture == config.architecture
+    assert trained.provenance["parent"] == bundle.hash
 
 
 def test_stages_that_pi0_has_not(refused, pi0_bundle, tmp_path):
