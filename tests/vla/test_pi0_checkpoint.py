@@ -162,6 +162,25 @@ def test_it_can_be_inspected(tmp_path):
     assert facts["expert_layers"] == [{"heads": 1, "kv_heads": 1, "ffn": 64}] * 2
 
 
+def test_a_contract_beside_it_says_what_the_robot_has_to_know(tmp_path):
+    write_lerobot(tmp_path / "pi0", random_pi0(heads_of_256()))
+    numbered = open_bundle(tmp_path / "pi0")
+    assert numbered.config.proprioception.joints == tuple(f"state_{i}" for i in range(8))
+    assert numbered.config.control_rate == 20.0
+    names, file = [f"joint{i}" for i in range(7)], tmp_path / "pi0" / "contract.json"
+    file.write_text(json.dumps({"joints": names, "gripper": True, "control_rate": 15}))
+    named = open_bundle(tmp_path / "pi0")
+    assert named.config.proprioception.joints == tuple(names)
+    assert named.config.proprioception.gripper and named.config.control_rate == 15.0
+    assert named.hash != numbered.hash
+    file.write_text(json.dumps({"joints": names}))
+    with pytest.raises(UserError, match="names 7 values of the state, the gripper's included, and"):
+        open_bundle(tmp_path / "pi0")
+    file.write_text(json.dumps({"joint": names}))
+    with pytest.raises(UserError, match="unknown key 'joint'; did you mean 'joints'"):
+        open_bundle(tmp_path / "pi0")
+
+
 def change(path, **values):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | values))
