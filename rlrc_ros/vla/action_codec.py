@@ -34,19 +34,20 @@ class ActionCodec:
         digits = np.digitize(np.clip(self.scale(actions), -1.0, 1.0), self._edges)
         return (self.config.n_bins - digits).astype(np.int64)
 
-    def decode(self, bins: Ints) -> Floats:
-        """(…, D) bins -> (…, D) actions, each the centre of its bin."""
-        last = len(self._centres) - 1
-        scaled = self._centres[np.clip(self.config.n_bins - 1 - np.asarray(bins), 0, last)]
-        return self.unscale(scaled)
-
     def scale(self, actions: Floats) -> Floats:
-        """(…, D) actions -> (…, D) values, q01 at -1 and q99 at +1; nothing is clipped."""
+        """(…, D) actions -> (…, D), those between the quantiles in [-1, 1]."""
         span = np.where(self._mask & (self._high > self._low), self._high - self._low, 1.0)
         return np.where(self._mask, 2 * (actions - self._low) / span - 1, actions)
 
+    def decode(self, bins: Ints) -> Floats:
+        """(…, D) bins -> (…, D) actions, each the centre of its bin."""
+        last = len(self._centres) - 1
+        return self.unscale(
+            self._centres[np.clip(self.config.n_bins - 1 - np.asarray(bins), 0, last)]
+        )
+
     def unscale(self, scaled: Floats) -> Floats:
-        """(…, D) values, q01 at -1 and q99 at +1 -> (…, D) actions; nothing is clipped."""
+        """(…, D) of which [-1, 1] spans the quantiles -> (…, D) actions."""
         return np.where(
             self._mask, 0.5 * (scaled + 1) * (self._high - self._low) + self._low, scaled
         )

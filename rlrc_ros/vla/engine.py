@@ -9,7 +9,7 @@ it. For a GPU there is `rlrc_ros.vla.graph_engine`. All give the same tokens in 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,26 @@ class Engine(Protocol):
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part: vision, projector, llm."""
+        ...
+
+    def prepare(self) -> float:
+        """Do what would make the first actions late; returns the seconds it took."""
+        ...
+
+
+@runtime_checkable
+class ChunkEngine(Protocol):
+    """Runs a model whose actions are continuous."""
+
+    name: str
+    takes_bytes: bool
+
+    def chunk(self, inputs: Inputs) -> Tensor:
+        """(B, chunk, dimensions) float32, scaled as the action codec has it."""
+        ...
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of weights held in memory, by part."""
         ...
 
     def prepare(self) -> float:

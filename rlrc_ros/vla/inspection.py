@@ -17,20 +17,21 @@ def inspect(policy: str | Path) -> dict[str, Any]:
         UserError: there is no such bundle, or it is damaged.
     """
     bundle = open_bundle(policy)
-    parameters = parameter_counts(empty_model(bundle))
-    stored = {part: 0 for part in parameters if part != "total"}
+    model = empty_model(bundle)
+    stored = dict.fromkeys(model.parts, 0)
     for name, size in bundle.sizes().items():
         stored[part_of(name)] += size
-    config, expert = bundle.config, bundle.config.architecture.expert
+    config = bundle.config
     return {
         "name": bundle.name,
         "path": str(bundle.path),
         "hash": bundle.hash,
-        "parameters": parameters,
+        "parameters": parameter_counts(model),
         "bytes": stored | {"total": sum(stored.values())},
         "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
         "layers": [asdict(widths) for widths in config.architecture.decoder.layers],
-        "expert_layers": [asdict(widths) for widths in expert.layers] if expert else None,
+        "expert_layers": (expert := config.architecture.expert)
+        and [asdict(widths) for widths in expert.layers],
         "dtype": config.dtype,
         "quantization": asdict(config.quantization) if config.quantization else None,
         "control_rate": config.control_rate,

@@ -120,14 +120,14 @@ def read_checkpoint(directory: Path) -> Checkpoint:
             "this program cannot run, and not from the tokens of its language model"
         )
     file = directory / CONFIG
-    config = Fields(read_json(file), file)
+    config = _Fields(read_json(file), file)
     weights = WeightFiles.find(directory)
     headers = weights.headers()
     for name, (_, dtype) in headers.items():
         if dtype not in DTYPES:
             known = ", ".join(DTYPES.values())
             raise UserError(f"{weights.path}: {name} is {dtype}; expected one of {known}")
-    shapes = Shapes(weights.path, {name: shape for name, (shape, _) in headers.items()})
+    shapes = _Shapes(weights.path, {name: shape for name, (shape, _) in headers.items()})
     architecture = ArchitectureConfig(
         towers=_towers(directory, config, shapes), decoder=_decoder(config, shapes)
     )
@@ -137,7 +137,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     )
 
 
-class Fields:
+class _Fields:
     """A JSON object, its values checked as they are taken."""
 
     def __init__(self, content: Any, file: Path, place: str = "") -> None:
@@ -146,7 +146,6 @@ class Fields:
         self.content, self.file, self.place = content, file, place
 
     def __call__(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """A value; raises a UserError where it is missing without a default, or of another type."""
         value = self.content.get(key)
         value = default if value is None else value
         name = f"{self.place}.{key}".lstrip(".")
@@ -156,13 +155,12 @@ class Fields:
             raise UserError(f"{self.file}: '{name}' makes no sense: {json.dumps(value)[:60]}")
         return value
 
-    def inside(self, key: str) -> Fields:
-        """The object at a key; an empty one where there is none."""
+    def inside(self, key: str) -> _Fields:
         name = f"{self.place}.{key}".lstrip(".")
-        return Fields(self.content.get(key, {}), self.file, name)
+        return _Fields(self.content.get(key, {}), self.file, name)
 
 
-class Shapes:
+class _Shapes:
     """Of the stored tensors, by name; `kind` is what they should be."""
 
     def __init__(
@@ -171,7 +169,6 @@ class Shapes:
         self.path, self.all, self._kind = path, shapes, kind
 
     def __call__(self, name: str, dimensions: int) -> tuple[int, ...]:
-        """One tensor's; raises a UserError where it is missing or has other dimensions."""
         shape = self.all.get(name)
         if shape is None:
             raise UserError(f"{self.path}: has no tensor {name}, which every {self._kind} has")
@@ -190,9 +187,9 @@ class Shapes:
         return max(numbers, default=-1) + 1
 
 
-def _towers(directory: Path, config: Fields, shapes: Shapes) -> tuple[TowerConfig, ...]:
+def _towers(directory: Path, config: _Fields, shapes: _Shapes) -> tuple[TowerConfig, ...]:
     file = directory / PREPROCESSOR
-    images = Fields(read_json(file), file)
+    images = _Fields(read_json(file), file)
     strategy = images("image_resize_strategy", str, "resize-naive")
     modes = images("interpolations", list, ["bicubic"])
     if strategy != "resize-naive" or set(modes) != {"bicubic"}:
@@ -218,7 +215,7 @@ def _towers(directory: Path, config: Fields, shapes: Shapes) -> tuple[TowerConfi
     )
 
 
-def _tower(prefix: str, model: str, mean: Any, std: Any, shapes: Shapes) -> TowerConfig:
+def _tower(prefix: str, model: str, mean: Any, std: Any, shapes: _Shapes) -> TowerConfig:
     width, _, patch, _ = shapes(f"{prefix}.patch_embed.proj.weight", 4)
     _, patches, _ = shapes(f"{prefix}.pos_embed", 3)
     side = round(patches**0.5)
@@ -244,7 +241,7 @@ def _tower(prefix: str, model: str, mean: Any, std: Any, shapes: Shapes) -> Towe
     )
 
 
-def _decoder(config: Fields, shapes: Shapes) -> DecoderConfig:
+def _decoder(config: _Fields, shapes: _Shapes) -> DecoderConfig:
     text, llama = config.inside("text_config"), "language_model.model"
     rows, hidden = shapes(f"{llama}.embed_tokens.weight", 2)
     attention = f"{llama}.layers.0.self_attn"
@@ -279,23 +276,23 @@ def _decoder(config: Fields, shapes: Shapes) -> DecoderConfig:
     )
 
 
-def _of(text: Fields, key: str) -> Any:
+def _of(text: _Fields, key: str) -> Any:
     """A value of `text_config`, or Llama-2's."""
     usual = LLAMA_2[key]
     return text(key, (int, float) if isinstance(usual, float) else type(usual), usual)
 
 
-def _statistics(directory: Path, config: Fields) -> dict[str, ActionCodecConfig]:
+def _statistics(directory: Path, config: _Fields) -> dict[str, ActionCodecConfig]:
     """By data set; fine-tuned checkpoints keep their own in a file of its own, which rules."""
     sets, file = config.inside("norm_stats").content, config.file
     if (directory / STATISTICS).is_file():
         file = directory / STATISTICS
-        sets = Fields(read_json(file), file).content
+        sets = _Fields(read_json(file), file).content
     if not sets:
         raise UserError(f"{file}: has no norm_stats, so actions have no unit")
     codecs = {}
     for name in sets:
-        action = Fields(sets, file).inside(name).inside("action")
+        action = _Fields(sets, file).inside(name).inside("action")
         low, high = action("q01", list), action("q99", list)
         mask = action("mask", list, [True] * len(low))
         try:

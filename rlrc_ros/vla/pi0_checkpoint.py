@@ -27,7 +27,7 @@ from rlrc_ros.vla.config import (
     ProprioceptionConfig,
     TowerConfig,
 )
-from rlrc_ros.vla.openvla_checkpoint import DTYPES, Fields, Shapes
+from rlrc_ros.vla.openvla_checkpoint import DTYPES, _Fields, _Shapes
 from rlrc_ros.vla.weights import WeightFiles, opened
 
 CONFIG, HF_PROCESSOR = "config.json", "processor_config.json"
@@ -123,14 +123,14 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing, damaged, or asks for what pi0's module tree has not.
     """
-    fields = Fields(read_json(directory / CONFIG), directory / CONFIG)
+    fields = _Fields(read_json(directory / CONFIG), directory / CONFIG)
     weights = renamed(WeightFiles.find(directory))
     headers = weights.headers()
     for name, (_, dtype) in headers.items():
         if dtype not in DTYPES:
             known = ", ".join(DTYPES.values())
             raise UserError(f"{weights.path}: {name} is {dtype}; expected one of {known}")
-    shapes = Shapes(weights.path, {name: shape for name, (shape, _) in headers.items()}, "pi0")
+    shapes = _Shapes(weights.path, {name: shape for name, (shape, _) in headers.items()}, "pi0")
     state, action, files = _statistics(directory)
     contract, file = Contract(), directory / CONTRACT
     if file.is_file():
@@ -151,7 +151,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(weights, config, (*listed, *files))
 
 
-def _architecture(config: Fields, shapes: Shapes, proprioception: int) -> ArchitectureConfig:
+def _architecture(config: _Fields, shapes: _Shapes, proprioception: int) -> ArchitectureConfig:
     vlm, expert = config.inside("vlm_config"), config.inside("dit_config")
     text, vision = vlm.inside("text_config"), vlm.inside("vision_config")
     head = text("head_dim", int, HEAD)
@@ -187,14 +187,14 @@ def _architecture(config: Fields, shapes: Shapes, proprioception: int) -> Archit
     )
 
 
-def _rope_theta(text: Fields) -> float:
+def _rope_theta(text: _Fields) -> float:
     rope = text.inside("rope_parameters")
     if (kind := rope("rope_type", str, "default")) != "default":
         raise UserError(f"{text.file}: rope_type '{kind}' is not known here")
     return float(rope("rope_theta", (int, float), text("rope_theta", (int, float), 10000.0)))
 
 
-def _layers(prefix: str, head: int, shapes: Shapes) -> tuple[LayerWidths, ...]:
+def _layers(prefix: str, head: int, shapes: _Shapes) -> tuple[LayerWidths, ...]:
     widths = []
     for i in range(shapes.blocks(f"{prefix}.layers")):
         layer = f"{prefix}.layers.{i}"
@@ -208,7 +208,7 @@ def _layers(prefix: str, head: int, shapes: Shapes) -> tuple[LayerWidths, ...]:
     return tuple(widths)
 
 
-def _tower(vision: Fields, shapes: Shapes) -> TowerConfig:
+def _tower(vision: _Fields, shapes: _Shapes) -> TowerConfig:
     width, _, patch, _ = shapes("vision_backbone.embeddings.patch_embedding.weight", 4)
     patches, _ = shapes("vision_backbone.embeddings.position_embedding.weight", 2)
     layers = "vision_backbone.encoder.layers"
@@ -227,7 +227,7 @@ def _tower(vision: Fields, shapes: Shapes) -> TowerConfig:
     )
 
 
-def _cameras(config: Fields, size: int) -> tuple[CameraConfig, ...]:
+def _cameras(config: _Fields, size: int) -> tuple[CameraConfig, ...]:
     """Of lerobot's image features, in order; its empty cameras are left out, as it masks them."""
     features = config.inside("input_features")
     found = []
@@ -291,8 +291,8 @@ def _statistics(directory: Path) -> tuple[Pair | None, Pair, list[Path]]:
 def _lerobot(directory: Path, name: str, step: str, key: str) -> tuple[Pair | None, Path]:
     """Mean and deviation that a step of a processor stores for a feature, whatever its method."""
     file = directory / name
-    steps = Fields(read_json(file), file)("steps", list)
-    found = [Fields(s, file) for s in steps if isinstance(s, dict) and s.get("state_file")]
+    steps = _Fields(read_json(file), file)("steps", list)
+    found = [_Fields(s, file) for s in steps if isinstance(s, dict) and s.get("state_file")]
     for fields in found:
         if fields("registry_name", str, "") == step:
             break
@@ -324,7 +324,7 @@ def _transformers(directory: Path) -> tuple[Pair | None, Pair | None]:
     file = directory / HF_PROCESSOR
     if not file.is_file():
         return None, None
-    fields = Fields(read_json(file), file)
+    fields = _Fields(read_json(file), file)
     found: list[Pair | None] = []
     for feature in ("actions", "state"):
         if fields.content.get(f"{feature}_mean") is None:
@@ -337,7 +337,7 @@ def _transformers(directory: Path) -> tuple[Pair | None, Pair | None]:
     return found[0], found[1]
 
 
-def _floats(fields: Fields, key: str) -> tuple[float, ...]:
+def _floats(fields: _Fields, key: str) -> tuple[float, ...]:
     values: list[Any] = fields(key, list)
     if not all(type(value) in (int, float) for value in values):
         raise UserError(f"{fields.file}: '{key}' must be a list of numbers")

@@ -20,7 +20,7 @@ from rlrc_ros.vla import quantization
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.config import BundleConfig
-from rlrc_ros.vla.engine import EagerEngine, Engine, UnrolledEngine
+from rlrc_ros.vla.engine import ChunkEngine, EagerEngine, Engine, UnrolledEngine
 from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvino_engine import OpenVINOEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
@@ -30,7 +30,6 @@ from rlrc_ros.vla.pi0_processor import Pi0Processor
 from rlrc_ros.vla.processor import Observation, Processor
 
 EngineName = Literal["auto", "eager", "unrolled", "graph", "openvino"]
-AnyEngine = Engine | Pi0EagerEngine | Pi0GraphEngine
 ACTION_WIDTH = 7
 """Values of an action that this program can command."""
 
@@ -168,7 +167,7 @@ class Policy:
     def __init__(
         self,
         bundle: Bundle,
-        engine: AnyEngine,
+        engine: Engine | ChunkEngine,
         parameters: dict[str, int],
         device: torch.device,
         dtype: torch.dtype,
@@ -203,9 +202,9 @@ class Policy:
 
     def _decide(self, inputs: Inputs) -> NDArray[np.float64]:
         """(T, 7) actions, from the engine's tokens or from its chunk of continuous values."""
-        if isinstance(self.engine, Pi0EagerEngine | Pi0GraphEngine):
-            chunk = self.engine.chunk(inputs)[0].double().numpy()
-            return self._codec.unscale(chunk[:, :ACTION_WIDTH])
+        if isinstance(self.engine, ChunkEngine):
+            chunk = self.engine.chunk(inputs)[0, :, :ACTION_WIDTH]  # what follows is padding
+            return self._codec.unscale(chunk.double().cpu().numpy())
         return self._codec.decode(self.engine.bins(inputs).cpu().numpy())
 
     def weight_bytes(self) -> dict[str, int]:
@@ -319,7 +318,7 @@ def _refuse_pi0(bundle: Bundle, engine: str) -> None:
         )
 
 
-_ENGINES: dict[str, Callable[[Any], AnyEngine]] = {
+_ENGINES: dict[str, Callable[[Any], Engine | ChunkEngine]] = {
     "eager": EagerEngine,
     "unrolled": UnrolledEngine,
     "graph": GraphEngine,
