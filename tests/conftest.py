@@ -1,5 +1,6 @@
 """Small policies with random weights, real in every part."""
 
+import dataclasses
 import logging
 import os
 
@@ -13,6 +14,7 @@ from rlrc_ros.vla import quantization
 from rlrc_ros.vla.bundle import provenance, write_bundle
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
+    ActionHeadConfig,
     ArchitectureConfig,
     BundleConfig,
     CameraConfig,
@@ -66,6 +68,15 @@ def bundle_config(layers=((2, 2, 64),) * 3, **changes):
         "dtype": "float32",
     }
     return BundleConfig(**{**fields, **changes})
+
+
+def chunked(config, images=1):
+    """The same as an OpenVLA-OFT: chunks of 8."""
+    head = ActionHeadConfig(chunk=8, dimensions=config.action_codec.dimensions)
+    architecture = dataclasses.replace(config.architecture, images=images, action_head=head)
+    names = ("front", "wrist")[:images]
+    cameras = tuple(dataclasses.replace(config.cameras[0], name=name) for name in names)
+    return dataclasses.replace(config, architecture=architecture, cameras=cameras)
 
 
 def random_model(config, seed=0):

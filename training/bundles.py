@@ -21,6 +21,7 @@ from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle, provenance, write_bundle
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
+    ActionHeadConfig,
     ArchitectureConfig,
     BundleConfig,
     CameraConfig,
@@ -115,8 +116,10 @@ def new_trainable(
         q99=tuple(map(float, ACTION_HIGH)),
         mask=(True,) * len(ACTION_LOW),
     )
+    head = model.chunk and ActionHeadConfig(chunk=model.chunk, dimensions=codec.dimensions)
     config = BundleConfig(
         architecture=ArchitectureConfig(
+            action_head=head or None,
             towers=(model.tower,),
             decoder=DecoderConfig(
                 vocab_size=text + codec.n_bins,

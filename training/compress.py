@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.files import write_atomically
 from rlrc_ros.vla.inspection import inspect
 from training import prune, quantize, rl, sft
@@ -45,6 +46,11 @@ class Pipeline:
     """
 
     def __init__(self, config: CompressConfig, out: Path, device: str | None, say: Say) -> None:
+        if config.model.chunk:
+            raise UserError(
+                "compress: its PPO is over action tokens, and with model.chunk there are none; run "
+                "sft, prune, sft and quantize one after another"
+            )
         self.config, self.out, self.say = config, out, say
         self.device = pick_device(device)
         self._latency = config.demonstrations.latency

@@ -41,9 +41,13 @@ class ModelConfig:
     heads: int
     kv_heads: int
     ffn: int
+    chunk: int | None = None
+    """Actions that one pass gives (OpenVLA-OFT; default: one, as tokens, as OpenVLA)."""
 
     def __post_init__(self) -> None:
         _check("model", self, positive="hidden_size head_dim layers heads kv_heads ffn")
+        if self.chunk is not None:
+            _check("model", self, positive="chunk")
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:

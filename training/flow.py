@@ -53,42 +53,33 @@ class FlowBatch:
 
 
 class FlowBatches(DemonstrationBatches):
-    """Random batches of demonstration steps with their chunks, kept on the device.
-
-    Raises:
-        UserError: the policy looks through several cameras; demonstrations have one.
-    """
+    """Random batches of demonstration steps with their chunks, kept on the device."""
 
     CHECKED = ("images", "proprioception", "actions")
 
     def __init__(
         self, processor: Processor, codec: ActionCodec, device: torch.device, expert: ExpertConfig
     ) -> None:
-        if (cameras := len(processor.config.cameras)) != 1:
-            raise UserError(
-                f"the policy looks through {cameras} cameras, and demonstrations are of one"
-            )
         super().__init__(processor, codec, device)
         self._expert = expert
 
     def _arrays(self, data: Demonstrations) -> dict[str, NDArray[Any]]:
         size = self._processor.config.architecture.towers[0].image_size
-        if data.images.shape[1:3] != (size, size):
+        height, width = data.images.shape[-3:-1]
+        if (height, width) != (size, size):
             raise UserError(
-                f"the demonstrations' images are {data.images.shape[1]}×{data.images.shape[2]}, "
+                f"the demonstrations' images are {height}×{width}, "
                 f"and the policy's vision takes {size}×{size}; record or export them so"
             )
-        taken = len(self._steps["prompts"]) if self._steps else 0
-        lengths = [episode["steps"] for episode in data.episodes]
         return {
             "images": data.images,
             "proprioception": data.proprioception,
             "actions": self._codec.scale(data.actions.astype(np.float64)).astype(np.float32),
-            "last": np.repeat(taken + np.cumsum(lengths) - 1, lengths),
+            "ends": self._ends(data),
         }
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return self._processor.pixel_values(images[:, None])[:, 0]
+    def _arranged(self, pixels: Tensor, size: int) -> Tensor:
+        return pixels.unflatten(0, (size, -1))
 
     def sample(self, size: int, brightness: float = 0.0, shift: int = 0) -> FlowBatch:  # type: ignore[override]
         """`size` steps, drawn with the device's global generator; images changed as in the base."""
@@ -96,11 +87,11 @@ class FlowBatches(DemonstrationBatches):
         rows = torch.randint(len(steps["prompts"]), (size,), device=self._device)
         pixels = self._pixels(rows, brightness, shift)
         places = rows[:, None] + torch.arange(expert.chunk, device=self._device)
-        last = steps["last"][rows][:, None]
+        last = steps["ends"][rows][:, None]
         actions = steps["actions"][places.minimum(last)]
         padding = expert.action_width - actions.shape[2]
         return FlowBatch(
-            self._inputs(rows, pixels[:, None]),
+            self._inputs(rows, pixels),
             F.pad(actions, (0, padding)),
             places <= last,
         )

@@ -117,7 +117,8 @@ class SeenTokens:
     @property
     def mask(self) -> Tensor | None:
         """Of the pass that runs now: (B, L), or None where nothing is padding."""
-        return self._mask
+        mask = self._mask  # (B, 1, 1, L) where every token sees every other
+        return mask[:, 0, 0] if mask is not None and mask.ndim == 4 else mask
 
     def __enter__(self) -> SeenTokens:
         return self
@@ -144,7 +145,7 @@ def input_norms(model: OpenVLA, batches: Iterable[Batch]) -> dict[nn.Linear, Ten
         for linear in decoder_linears(model):
             hooks.callback(linear.register_forward_pre_hook(add).remove)
         for batch in batches:
-            model(batch.inputs, batch.bins)
+            bc_loss(model, batch)
     return {linear: total.sqrt() for linear, total in sums.items()}
 
 

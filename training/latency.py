@@ -181,7 +181,16 @@ def times(builders: Sequence[Callable[[], Contestant]], rounds: int = ROUNDS) ->
 
 
 def measure(model: OpenVLA, device: torch.device, rounds: int = ROUNDS) -> BlockLatencies:
-    """Measure blocks up to the widths of the model's second layer."""
+    """Measure blocks up to the widths of the model's second layer.
+
+    Raises:
+        UserError: the policy gives chunks: what is measured here decodes tokens.
+    """
+    if model.config.action_head is not None:
+        raise UserError(
+            "prune: latency budgets are for policies that decode action tokens, and this one gives "
+            "chunks in one pass; give remove_of_llm or max_bytes instead"
+        )
     decoder = model.config.decoder
     full = decoder.layers[min(1, len(decoder.layers) - 1)]
     per_group = full.heads // full.kv_heads

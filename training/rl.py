@@ -32,6 +32,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from torch import Tensor, nn
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from training.bundles import Trainable
@@ -345,6 +346,11 @@ def run(
     with the KV cache, must equal the teacher-forced ones for the ratio to start at 1, and in
     bfloat16 they do not.
     """
+    if trainable.config.architecture.action_head is not None:
+        raise UserError(
+            "rl: PPO here is over action tokens, and the policy gives chunks of continuous "
+            "actions; recover it by sft alone"
+        )
     work.mkdir(parents=True, exist_ok=True)
     processor, codec = trainable.processor, trainable.codec
     began = time.perf_counter()

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.engine import Unrolled
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.processor import Processor
 from training.envs.tabletop import decode_text
 
@@ -125,12 +126,17 @@ class Actor:
         environments: int,
     ) -> None:
         self.environments = environments
-        self._decoder, self._codec = Decoder(model, environments), codec
+        self._model, self._codec = model, codec
+        self._decoder = None if isinstance(model, OpenVLAOFT) else Decoder(model, environments)
         self._batch = Batcher(processor, device)
 
     def act(self, observation: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
-        """(B, D) actions."""
-        return self._codec.decode(self._decoder(self._batch(observation))[0].cpu().numpy())
+        """(B, D) actions; of chunks the first one, since every step looks anew."""
+        inputs = self._batch(observation)
+        if self._decoder is not None:
+            return self._codec.decode(self._decoder(inputs)[0].cpu().numpy())
+        with torch.no_grad():
+            return self._codec.unscale(self._model(inputs)[:, 0].double().cpu().numpy())
 
 
 @dataclass

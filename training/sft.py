@@ -1,11 +1,11 @@
-"""Supervised fine-tuning on action tokens: makes the original policy, and recovers a pruned one.
+"""Supervised fine-tuning: makes the original policy, and recovers a pruned one.
 
     rlrc sft CONFIG --demonstrations DIR --out BUNDLE                     a new policy
     rlrc sft CONFIG --demonstrations DIR --out BUNDLE --policy PRUNED     recover one
 
-A pi0 policy is trained on the loss of its flow instead, see `training.flow`.
-
-Cross-entropy on the action's tokens, as OpenVLA is trained. On the way the policy may act itself
+Cross-entropy on the action's tokens, as OpenVLA is trained; for a policy that gives chunks the L1
+distance of the actions, as OpenVLA-OFT is; for pi0 the loss of its flow, see `training.flow`. On
+the way the policy may act itself
 while the scripted expert says what it would have done (DAgger); those episodes join the
 demonstrations.
 """
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.processor import Processor
 from training.bundles import Trainable
 from training.common import (
@@ -57,11 +58,14 @@ class Batch:
         inputs: what the policy sees.
         bins: (B, D) the action's tokens.
         grounding: (B, G) positions in m, NaN where they are not known.
+        chunk: (B, chunk, D) the actions from this step on, scaled and in [-1, 1]; beyond the end
+            of the episode its last one. None where the policy gives single actions.
     """
 
     inputs: Inputs
     bins: Tensor
     grounding: Tensor
+    chunk: Tensor | None = None
 
 
 class DemonstrationBatches:
@@ -74,6 +78,8 @@ class DemonstrationBatches:
         self._processor, self._codec, self._device = processor, codec, device
         self._instructions: dict[str, int] = {}
         self._steps: dict[str, Tensor] = {}
+        architecture = processor.config.architecture
+        self._images, self._head = architecture.images, architecture.action_head
         self._taken: list[Path] = []
 
     def take(self, place: Path) -> None:
@@ -86,8 +92,15 @@ class DemonstrationBatches:
         """Add steps; joined on the device, where there is room and copying takes no time.
 
         Raises:
-            UserError: their images, proprioception or actions have another shape than those before.
+            UserError: their images, proprioception or actions have another shape than those before;
+                or there are images of more or fewer cameras than the policy looks through.
         """
+        cameras = data.images.shape[1] if data.images.ndim == 5 else 1
+        if cameras != self._images:
+            raise UserError(
+                f"the policy looks through {self._images} cameras, and the demonstrations hold the "
+                f"frames of {cameras}; export rollouts for this policy"
+            )
         for text in data.instructions:
             self._instructions.setdefault(text, len(self._instructions))
         numbers = np.array([self._instructions[text] for text in data.instructions])
@@ -112,12 +125,22 @@ class DemonstrationBatches:
 
     def _arrays(self, data: Demonstrations) -> dict[str, NDArray[Any]]:
         """What is kept of each step, apart from its prompt."""
-        return {
+        arrays: dict[str, NDArray[Any]] = {
             "images": data.images,
             "proprioception": data.proprioception,
             "bins": self._codec.encode(data.actions.astype(np.float64)),
             "grounding": data.grounding,
         }
+        if self._head is not None:
+            scaled = self._codec.scale(data.actions.astype(np.float64)).clip(-1.0, 1.0)
+            arrays |= {"actions": scaled.astype(np.float32), "ends": self._ends(data)}
+        return arrays
+
+    def _ends(self, data: Demonstrations) -> NDArray[np.int64]:
+        """The place of the last step of each step's episode, among all steps."""
+        steps = [facts["steps"] for facts in data.episodes]
+        before = len(self._steps["ends"]) if self._steps else 0
+        return before + np.repeat(np.cumsum(steps) - 1, steps)
 
     @property
     def grounding_size(self) -> int:
@@ -134,35 +157,43 @@ class DemonstrationBatches:
         steps = self._steps
         rows = torch.randint(len(steps["bins"]), (size,), device=self._device)
         inputs = self._inputs(rows, self._pixels(rows, brightness, shift))
-        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows])
+        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows], self._chunks(rows))
 
     def _pixels(self, rows: Tensor, brightness: float, shift: int) -> Tensor:
-        """The steps' images, normalised, changed at random."""
-        images, size = self._steps["images"][rows], len(rows)
+        """The steps' images, normalised, changed at random; (B · images, C, H, W)."""
+        # Of several cameras one after the other.
+        images = self._steps["images"][rows].flatten(0, -4)
         if shift:
-            images = shifted(
-                images, torch.randint(-shift, shift + 1, (2, size), device=self._device)
-            )
-        pixels = self._normalised(images)
+            by = torch.randint(-shift, shift + 1, (2, len(images)), device=self._device)
+            images = shifted(images, by)
+        pixels = self._processor.pixel_values(images)
         if brightness:
-            change = 2 * torch.rand(2, size, 1, 1, 1, device=self._device) - 1
+            change = 2 * torch.rand(2, len(images), 1, 1, 1, device=self._device) - 1
             gain, contrast = 1 + brightness * change
             mean = pixels.mean((2, 3), keepdim=True)
             pixels = mean * gain + (pixels - mean) * contrast
         return pixels
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, C, H, W) float32."""
-        return self._processor.pixel_values(images)
 
     def _inputs(self, rows: Tensor, pixels: Tensor) -> Inputs:
         prompts = self._steps["prompts"][rows]
         return Inputs(
             self._ids[prompts],
             None if self._mask is None else self._mask[prompts],
-            pixels,
-            self._processor.normalise_proprioception(self._steps["proprioception"][rows]),
+            self._arranged(pixels, len(rows)),
+            self._processor.normalise_proprioception(self._steps["proprioception"][rows])
+            if self._processor.config.proprioception
+            else None,
         )
+
+    def _arranged(self, pixels: Tensor, size: int) -> Tensor:
+        """(B · images, C, H, W) -> as `Inputs.pixel_values` has it."""
+        return pixels.reshape(size, -1, *pixels.shape[2:])
+
+    def _chunks(self, rows: Tensor) -> Tensor | None:
+        if self._head is None:
+            return None
+        following = rows[:, None] + torch.arange(self._head.chunk, device=self._device)
+        return self._steps["actions"][following.minimum(self._steps["ends"][rows][:, None])]
 
 
 def shifted(images: Tensor, by: Tensor) -> Tensor:
@@ -179,7 +210,10 @@ def shifted(images: Tensor, by: Tensor) -> Tensor:
 
 
 def bc_loss(model: OpenVLA, batch: Batch) -> Tensor:
-    """Cross-entropy over every action token."""
+    """What is minimised: cross-entropy over every action token, or the L1 distance of a chunk."""
+    if isinstance(model, OpenVLAOFT):
+        assert batch.chunk is not None
+        return F.l1_loss(model(batch.inputs).float(), batch.chunk)
     logits, _ = model(batch.inputs, batch.bins)
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.bins.flatten())
 
@@ -203,7 +237,10 @@ class GroundingHead(nn.Linear):
 
 @dataclass
 class Losses:
-    """What a batch gave: the loss to minimise, and two numbers to watch."""
+    """What a batch gave: the loss to minimise, and two numbers to watch.
+
+    The accuracy of continuous actions is that of the tokens that they would be.
+    """
 
     total: Tensor
     token_accuracy: Tensor
@@ -211,7 +248,22 @@ class Losses:
 
 
 def sft_losses(model: OpenVLA, head: GroundingHead, batch: Batch, config: SftConfig) -> Losses:
-    """Cross-entropy, softened if the configuration says so, and the weighted grounding loss."""
+    """The loss, cross-entropy softened if the configuration says so, and the weighted grounding."""
+    if isinstance(model, OpenVLAOFT):
+        assert batch.chunk is not None
+        states = model.action_states(batch.inputs)
+        chunk, grounding = (
+            model.action_head(states).float(),
+            head.loss(states[:, 0], batch.grounding),
+        )
+        ours, theirs = (
+            ((x.clamp(-1, 1) + 1) / 2 * (model.n_bins - 1)).floor() for x in (chunk, batch.chunk)
+        )
+        return Losses(
+            F.l1_loss(chunk, batch.chunk) + config.grounding * grounding,
+            (ours == theirs).float().mean(),
+            grounding,
+        )
     logits, state = model(batch.inputs, batch.bins)
     flat, bins = logits.flatten(0, 1).float(), batch.bins.flatten()
     targets = bins
@@ -252,6 +304,10 @@ class Trainer:
     ) -> None:
         self._model, self._batches, self._config, self._device = model, batches, config, device
         self._work, self._collect = work, correct
+        if isinstance(model, OpenVLAOFT) and config.label_width:
+            raise UserError(
+                "sft: label_width is about tokens, and the policy gives chunks; leave it"
+            )
         self._head: nn.Module = self._new_head()
         self._learnt = nn.ModuleDict({"model": model, "head": self._head})
         self._optimizer = torch.optim.AdamW(

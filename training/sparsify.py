@@ -25,7 +25,7 @@ from tqdm import tqdm
 from rlrc_ros.vla.openvla import OpenVLA
 from training.config import SparsifyConfig
 from training.importance import SeenTokens, decoder_linears, rows
-from training.sft import Batch, DemonstrationBatches
+from training.sft import Batch, DemonstrationBatches, bc_loss
 
 BLOCK = 128
 """Columns that SparseGPT decides on together."""
@@ -87,7 +87,7 @@ class _Flow:
             hooks.callback(first.register_forward_pre_hook(catch, with_kwargs=True).remove)
             for batch in batches:
                 with contextlib.suppress(_Reached):
-                    model(batch.inputs, batch.bins)
+                    bc_loss(model, batch)
 
     @torch.no_grad()
     def statistics(self, layer: nn.Module, of: Any) -> Iterator[tuple[nn.Linear, Tensor]]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HELP = "measure latency and memory of policies, interleaved round by round"
 
 ENGINES = ("auto", "eager", "unrolled", "graph", "openvino")
-SHAPES = ("openvla-7b", "pi0")
+SHAPES = ("openvla-7b", "openvla-7b-oft", "pi0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

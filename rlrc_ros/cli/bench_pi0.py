@@ -78,7 +78,9 @@ def pi0() -> BundleConfig:
     expert = ExpertConfig(hidden_size=1024, layers=(LayerWidths(8, 1, 4096),) * 18)
     cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     return BundleConfig(
-        architecture=ArchitectureConfig(towers=(tower,), decoder=decoder, expert=expert),
+        architecture=ArchitectureConfig(
+            towers=(tower,), decoder=decoder, images=len(cameras), expert=expert
+        ),
         action_codec=ActionCodecConfig(q01=(-1.0,) * 7, q99=(1.0,) * 7, mask=(True,) * 7),
         cameras=tuple(CameraConfig(name=name, height=224, width=224) for name in cameras),
         proprioception=None,
@@ -256,7 +258,7 @@ def _build(
         engine = Upstream(model)
     else:
         hold = matrices.packed if name.endswith("-nf4") else matrices.held
-        engine = Pi0GraphEngine(model, len(config.cameras), hold=hold)
+        engine = Pi0GraphEngine(model, hold=hold)
         facts["bytes"] = engine.weight_bytes()
     del model
     facts["bytes"]["total"] = sum(facts["bytes"].values())
@@ -327,7 +329,7 @@ def floor_ms(contestant: Contestant, rates: dict[str, float]) -> float:
     decoder, expert = config.architecture.decoder, config.architecture.expert
     assert expert is not None
     counts = contestant.facts["parameters"]
-    patches = len(config.cameras) * config.architecture.towers[0].patches
+    patches = config.architecture.context
     # Of the embedding, rows are looked up; of the last layer, keys and values are used.
     embedding = decoder.vocab_size * decoder.hidden_size * contestant.dtype.itemsize
     *layers, last = decoder.layers

@@ -1,8 +1,8 @@
 """What `rlrc bench --shape` measures: full-size architectures with random weights.
 
 Latency and memory hang on the architecture, not on what was learnt, so this needs no checkpoint.
-Every variant is measured against Hugging Face `generate` of the full model, which is what people
-run, in one process and interleaved.
+Every variant is measured against what people run of the full model, in one process and interleaved:
+Hugging Face `generate`, or where a chunk comes from one pass its `forward`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.timing import percentiles, ratio_interval
 from rlrc_ros.vla import matrices
 from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.chunk_engine import EagerChunkEngine, GraphChunkEngine
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
+    ActionHeadConfig,
     ArchitectureConfig,
     BundleConfig,
     CameraConfig,
@@ -33,10 +35,12 @@ from rlrc_ros.vla.config import (
     LayerWidths,
     TowerConfig,
 )
-from rlrc_ros.vla.engine import EagerEngine
-from rlrc_ros.vla.graph_engine import GraphEngine
+from rlrc_ros.vla.engine import ChunkEngine, EagerEngine
+from rlrc_ros.vla.graph_engine import CapturedEngine, GraphEngine
+from rlrc_ros.vla.oft_checkpoint import LIBERO_CHUNK, MORE_CAMERAS, unscaled
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.openvla_checkpoint import CAMERA, CONTROL_RATE, PROMPT_SUFFIX, TEMPLATE
+from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.policy import build_model, parameter_counts
 from rlrc_ros.vla.processor import Processor
 
@@ -81,7 +85,19 @@ def openvla_7b() -> BundleConfig:
     )
 
 
-SHAPES: dict[str, Callable[[], BundleConfig]] = {"openvla-7b": openvla_7b}
+def openvla_7b_oft() -> BundleConfig:
+    """The sizes of `moojink/openvla-7b-oft-finetuned-libero-*`: two images, eight actions."""
+    base = openvla_7b()
+    head = ActionHeadConfig(chunk=LIBERO_CHUNK, dimensions=base.action_codec.dimensions)
+    architecture = replace(base.architecture, proprioception=8, images=2, action_head=head)
+    cameras = tuple(replace(base.cameras[0], name=name) for name in (CAMERA, *MORE_CAMERAS))
+    return replace(base, architecture=architecture, cameras=cameras, proprioception=unscaled(8))
+
+
+SHAPES: dict[str, Callable[[], BundleConfig]] = {
+    "openvla-7b": openvla_7b,
+    "openvla-7b-oft": openvla_7b_oft,
+}
 VARIANTS = ("full", "pruned", "pruned-nf4", "planned", "planned-nf4")
 """`pruned`: 90% of each layer but the first and the last; `planned`: no more bytes than that in as
 few layers as they fill; `-nf4`: every linear layer of towers, projector and decoder in 4 bits."""
@@ -177,7 +193,7 @@ class Contestant:
     """
 
     name: str
-    engine: Engine | Generate
+    engine: Engine | ChunkEngine | Generate
     config: BundleConfig
     dtype: torch.dtype
     facts: dict[str, Any]
@@ -206,12 +222,14 @@ def measure(
     config = SHAPES[shape]()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rng = np.random.default_rng(0)
-    size = config.architecture.towers[0].image_size
-    images = rng.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
+    size, count = config.architecture.towers[0].image_size, config.architecture.images
+    images = rng.integers(0, 256, (IMAGES, count, size, size, 3), dtype=np.uint8)
+    name = "forward" if config.architecture.action_head else "generate"
     facts: dict[str, Any] = {"shape": shape, "dtype": str(dtype), "rounds": rounds}
+    facts["reference"] = name
     facts |= {"device_rates": device_rates(device, dtype), "variants": []}
     save(facts)
-    reference = _build("generate", config, device, dtype, images)
+    reference = _build(name, config, device, dtype, images)
     contestants = [reference]
     for name in variants:
         decoder = config.architecture.decoder
@@ -227,7 +245,7 @@ def measure(
             _say(f"{name}: {line}")
             continue
         if name == "full":
-            variant.facts["against_eager"] = _compare(reference, variant, images)
+            variant.facts["against_eager"] = _compare(reference, variant, images, device)
         contestants.append(variant)
         save(facts | {"variants": [c.facts for c in contestants]})
     order = random.Random(0)
@@ -287,13 +305,16 @@ def _build(
     facts: dict[str, Any] = {"variant": name, "parameters": parameter_counts(model)}
     layers = config.architecture.decoder.layers
     facts["layers"] = [[w.heads, w.kv_heads, w.ffn] for w in layers]
-    engine: Engine | Generate
-    if name == "generate":
-        engine = Generate(model)
+    engine: Engine | ChunkEngine | Generate
+    if name in ("generate", "forward"):
+        engine = EagerChunkEngine(model) if isinstance(model, OpenVLAOFT) else Generate(model)
         facts["bytes"] = EagerEngine(model).weight_bytes()
     else:
         hold = matrices.packed if name.endswith("-nf4") else matrices.held
-        engine = GraphEngine(model, hold=hold)
+        if isinstance(model, OpenVLAOFT):
+            engine = GraphChunkEngine(model, hold=hold)
+        else:
+            engine = GraphEngine(model, hold=hold)
         del model
         facts["bytes"] = engine.weight_bytes()
     facts["bytes"]["total"] = sum(facts["bytes"].values())
@@ -302,7 +323,7 @@ def _build(
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    if isinstance(engine, GraphEngine):
+    if isinstance(engine, CapturedEngine):
         facts["seconds_to_capture"] = engine.prepare()
     contestant = Contestant(name, engine, config, dtype, facts)
     for image in images[:2]:
@@ -313,23 +334,38 @@ def _build(
     return contestant
 
 
-def _inputs(contestant: Contestant, image: NDArray[np.uint8], device: torch.device) -> Inputs:
-    """What `Policy.act` hands to an engine."""
-    bos = contestant.config.architecture.decoder.bos_token_id
-    ids = torch.arange(bos, bos + PROMPT)[None]
-    if contestant.engine.takes_bytes:
-        return Inputs(ids, None, torch.tensor(image[None]), None)
-    pixels = Processor(contestant.config, None).pixel_values(image[None])
-    return Inputs(ids, None, pixels, None).to(device, contestant.dtype)
+def _inputs(contestant: Contestant, images: NDArray[np.uint8], device: torch.device) -> Inputs:
+    """What `Policy.act` hands to an engine; images: (images, H, W, 3)."""
+    architecture = contestant.config.architecture
+    bos, joints = architecture.decoder.bos_token_id, architecture.proprioception
+    in_bytes = contestant.engine.takes_bytes
+    inputs = Inputs(
+        torch.arange(bos, bos + PROMPT)[None],
+        None,
+        Processor(contestant.config, None).stacked(images, in_bytes),
+        torch.linspace(-1, 1, joints)[None] if joints else None,
+    )
+    return inputs if in_bytes else inputs.to(device, contestant.dtype)
 
 
-def _timed(contestant: Contestant, image: NDArray[np.uint8], device: torch.device) -> float:
-    """From the image's bytes to the action on the host, in ms."""
+def _numbers(contestant: Contestant, inputs: Inputs) -> NDArray[Any]:
+    """What the engine gives, on the host: bins (1, D), or a chunk (T, D)."""
+    if isinstance(contestant.engine, ChunkEngine):
+        return contestant.engine.chunk(inputs)[0].double().cpu().numpy()
+    return contestant.engine.bins(inputs).cpu().numpy()
+
+
+def _timed(contestant: Contestant, images: NDArray[np.uint8], device: torch.device) -> float:
+    """From the images' bytes to the actions on the host, in ms."""
     codec = ActionCodec(contestant.config.action_codec)
     _synchronize(device)
     start = time.perf_counter()
-    bins = contestant.engine.bins(_inputs(contestant, image, device))
-    codec.decode(bins.cpu().numpy())
+    numbers = _numbers(contestant, _inputs(contestant, images, device))
+    _ = (
+        codec.unscale(numbers)
+        if isinstance(contestant.engine, ChunkEngine)
+        else codec.decode(numbers)
+    )
     return (time.perf_counter() - start) * 1e3
 
 
@@ -339,45 +375,53 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _compare(
-    reference: Contestant, variant: Contestant, images: NDArray[np.uint8]
+    reference: Contestant, variant: Contestant, images: NDArray[np.uint8], device: torch.device
 ) -> dict[str, float]:
     """The engine's tokens and actions against eager's over the same weights and dtype."""
-    assert isinstance(reference.engine, Generate)
-    model = reference.engine.model
-    eager, codec = EagerEngine(model), ActionCodec(reference.config.action_codec)
-    device = model.language_model.lm_head.weight.device
-    different, largest = [], 0.0
-    for number in range(COMPARED):
-        image = np.roll(images[number % IMAGES], number, axis=0)
-        expected = eager.bins(_inputs(reference, image, device)).cpu()
-        bins = variant.engine.bins(_inputs(variant, image, device)).cpu()
-        different.append((bins != expected).double().mean().item())
-        actions = [codec.decode(each.numpy()) for each in (bins, expected)]
-        largest = max(largest, float(np.abs(actions[0] - actions[1]).max()))
-    return {
-        "actions": COMPARED,
-        "share_of_tokens_different": float(np.mean(different)),
-        "max_action_diff": largest,
-    }
+    eager, tokens = reference, isinstance(reference.engine, Generate)
+    if isinstance(reference.engine, Generate):
+        eager = replace(reference, engine=EagerEngine(reference.engine.model))
+    seen = [np.roll(images[i % IMAGES], i, axis=1) for i in range(COMPARED)]
+    numbers = [
+        np.concatenate([_numbers(each, _inputs(each, image, device)) for image in seen])
+        for each in (eager, variant)
+    ]
+    codec = ActionCodec(reference.config.action_codec)
+    expected, found = map(codec.decode if tokens else codec.unscale, numbers)
+    facts = {"actions": COMPARED, "max_action_diff": float(np.abs(found - expected).max())}
+    if tokens:
+        return facts | {"share_of_tokens_different": float(np.mean(numbers[0] != numbers[1]))}
+    return facts | {"action_std": float(expected.std())}
 
 
 def floor_ms(contestant: Contestant, rates: dict[str, float]) -> float:
     """The least an action can take here: in each pass, reading the weights or the arithmetic."""
-    config, parts = contestant.config, contestant.facts["bytes"]
-    counts = contestant.facts["parameters"]
-    decoder = config.architecture.decoder
-    patches = config.architecture.towers[0].patches
+    architecture, parts = contestant.config.architecture, contestant.facts["bytes"]
+    counts, head = contestant.facts["parameters"], architecture.action_head
+    decoder = architecture.decoder
     embedding = decoder.vocab_size * decoder.hidden_size * contestant.dtype.itemsize
     layers = sum(_parameters(widths, decoder) for widths in decoder.layers)
-    read = parts["llm"] - embedding  # of the embedding a row is looked up
     seen = counts["vision"] + counts["projector"]
 
     def seconds(weights: int, operations: int) -> float:
         return max(weights / rates["bytes_per_s"], operations / rates["operations_per_s"])
 
-    steps = config.action_codec.dimensions - 1
+    patches = architecture.images * architecture.towers[0].patches
     total = seconds(parts["vision"] + parts["projector"], 2 * seen * patches)
-    total += seconds(read, 2 * layers * (patches + PROMPT)) + steps * seconds(read, 2 * layers)
+    read = parts["llm"] - embedding  # of the embedding a row is looked up
+    if head is None:
+        steps = contestant.config.action_codec.dimensions - 1
+        total += seconds(read, 2 * layers * (patches + PROMPT)) + steps * seconds(read, 2 * layers)
+        return total * 1e3
+    if not isinstance(contestant.engine, CapturedEngine):
+        read -= embedding  # and the head over the vocabulary is not asked
+    last = decoder.layers[-1]
+    keys = 2 * last.kv_heads * decoder.head_dim * decoder.hidden_size
+    beside = _parameters(last, decoder) - keys  # only the actions' tokens need the rest of it
+    tokens = architecture.context + PROMPT + head.places + 1
+    work = (layers - beside) * tokens + beside * head.places
+    total += seconds(read, 2 * work)
+    total += seconds(parts["action_head"], 2 * counts["action_head"] * head.chunk)
     return total * 1e3
 
 
@@ -390,7 +434,7 @@ def _summarise(contestants: list[Contestant], rates: dict[str, float]) -> list[d
             row["latency_ms"] = {"p50": p50, "p99": p99, "actions": len(contestant.times_ms)}
             row["floor_ms"] = floor_ms(contestant, rates)
             row["times_ms"] = contestant.times_ms
-            row["against_generate"] = _ratios(contestant, reference)
+            row[f"against_{reference.name}"] = _ratios(contestant, reference)
         rows.append(row)
     return rows
 
@@ -418,7 +462,7 @@ def table(facts: dict[str, Any]) -> str:
         f"{'peak GB':>9}{'less':>8}{'capture s':>11}"
     ]
     for row in facts["variants"]:
-        ratios, latency = row["against_generate"], row["latency_ms"]
+        ratios, latency = row[f"against_{facts['reference']}"], row["latency_ms"]
         peak, less = row.get("peak_bytes"), ratios.get("peak_times_less")
         lines.append(
             f"{row['variant']:<14}{latency['p50']:>9.2f}{latency['p99']:>9.2f}"
@@ -427,8 +471,14 @@ def table(facts: dict[str, Any]) -> str:
             f"{f'{less:.1f}×' if less else '':>8}{row.get('seconds_to_capture', 0.0):>11.1f}"
         )
         if compared := row.get("against_eager"):
-            share = compared["share_of_tokens_different"]
-            lines.append(f"  against eager on these weights: {share:.1%} of the tokens differ")
+            share, largest = compared.get("share_of_tokens_different"), compared["max_action_diff"]
+            found = (
+                f"actions differ by at most {largest:.2g}, their deviation is "
+                f"{compared['action_std']:.2g}"
+                if share is None
+                else f"{share:.1%} of the tokens differ"
+            )
+            lines.append(f"  against eager on these weights: {found}")
     lines += [f"{name}: failed, {line}" for name, line in facts.get("failed", {}).items()]
     lines.append(
         f"{facts['shape']}, random weights, {facts['dtype']}, {facts['rounds']} rounds; measured "

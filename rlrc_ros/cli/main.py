@@ -19,7 +19,7 @@ from rlrc_ros.errors import UserError
 
 VERBS = (
     *("demo", "inspect", "compress", "sft", "prune", "rl", "quantize", "eval", "study", "bench"),
-    *("parity", "robot", "bag", "trial"),
+    *("parity", "convert", "robot", "bag", "trial"),
 )
 
 EXTRAS = {

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.schema import from_dict, read_json
-from rlrc_ros.vla import openvla_checkpoint, pi0_checkpoint
+from rlrc_ros.vla import oft_checkpoint, openvla_checkpoint, pi0_checkpoint
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.weights import WeightFiles
 
@@ -91,9 +91,11 @@ class Bundle:
         Raises:
             UserError: the files cannot be read.
         """
-        weights = WeightFiles.find(self.path)
-        pi0 = self.config.architecture.expert is not None
-        return pi0_checkpoint.renamed(weights) if pi0 else weights
+        found = WeightFiles.find(self.path)
+        if self.config.architecture.expert is not None:
+            return pi0_checkpoint.renamed(found)
+        bundled = (self.path / SUMS).is_file()
+        return found if bundled else oft_checkpoint.with_parts(found, self.path)
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, memory-mapped."""

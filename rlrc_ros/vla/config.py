@@ -141,21 +141,58 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActionHeadConfig:
+    """OpenVLA-OFT's head: a chunk of continuous actions from one pass over the decoder."""
+
+    chunk: int
+    """Actions that an inference gives, one a control step."""
+    dimensions: int
+    """Length of an action."""
+    blocks: int = 2
+    """Residual blocks."""
+    stop_token_id: int = 2
+    """Of the token that ends the sequence, after the places of the actions."""
+
+    @property
+    def places(self) -> int:
+        """Numbers in a chunk, and tokens of the sequence that stand for them."""
+        return self.chunk * self.dimensions
+
+    def __post_init__(self) -> None:
+        sizes = {"chunk": self.chunk, "dimensions": self.dimensions, "blocks": self.blocks}
+        _refuse_below(1, "action head", **sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArchitectureConfig:
-    """The module tree: of pi0 where there is an `expert`, else of OpenVLA."""
+    """The module tree of OpenVLA; with an `action_head` of OpenVLA-OFT, with an `expert` of pi0."""
 
     towers: tuple[TowerConfig, ...]
     decoder: DecoderConfig
     proprioception: int = 0
     """Length of the proprioception vector; 0: the policy takes none."""
+    images: int = 1
+    """How many cameras the policy looks through at once: the first ones of its contract."""
+    action_head: ActionHeadConfig | None = None
+    """None: the actions are tokens of the decoder's vocabulary."""
     expert: ExpertConfig | None = None
 
+    @property
+    def context(self) -> int:
+        """How many tokens images and proprioception become; pi0's goes to the expert."""
+        state = bool(self.proprioception) and self.expert is None
+        return self.images * self.towers[0].patches + state
+
     def __post_init__(self) -> None:
+        _refuse_below(1, "architecture", images=self.images)
         kinds = [tower.kind for tower in self.towers]
         if self.expert is not None:
             self._check_expert(self.expert, kinds)
         elif "paligemma" in kinds:
             raise UserError("architecture: a vision tower 'paligemma' takes an expert beside it")
+        stop = self.action_head.stop_token_id if self.action_head else 0
+        if not 0 <= stop < self.decoder.vocab_size:
+            raise UserError(f"action head: stop_token_id {stop} is outside the vocabulary")
         if len({tower.patches for tower in self.towers}) != 1:
             raise UserError("architecture: the vision towers must give the same number of patches")
 
@@ -228,6 +265,8 @@ class ProprioceptionConfig:
     gripper: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    limit: float | None = None
+    """Normalised values beyond ± this are clipped to it; None: they are not."""
 
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == len(self.joints) + self.gripper:
@@ -236,6 +275,8 @@ class ProprioceptionConfig:
             )
         if min(self.std, default=1.0) <= 0:
             raise UserError("proprioception: std must be positive")
+        if self.limit is not None and not self.limit > 0:
+            raise UserError("proprioception: limit must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +309,11 @@ class BundleConfig:
     """Has `{instruction}` in it, which is put in lower case."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Of the weights that are not quantized, as stored."""
+    center_crop: float = 1.0
+    """Share of an image's area that is looked at, about its centre, scaled up to the whole.
+
+    Below 1 for a policy that was trained on random crops of that size (upstream's `image_aug`).
+    """
     prompt_suffix_token: int | None = None
     """A token put after the prompt: OpenVLA was trained with 29871 there."""
     quantization: QuantizationConfig | None = None
@@ -284,6 +330,19 @@ class BundleConfig:
             raise UserError("instruction_template must contain {instruction}")
         if not self.cameras:
             raise UserError("'cameras' is empty, and a policy looks through one")
+        if len(self.cameras) < self.architecture.images:
+            raise UserError(
+                f"the architecture looks through {self.architecture.images} cameras, the contract "
+                f"names {len(self.cameras)}"
+            )
+        head = self.architecture.action_head
+        if head and head.dimensions != self.action_codec.dimensions:
+            raise UserError(
+                f"the action head gives {head.dimensions} values an action, the action codec "
+                f"scales {self.action_codec.dimensions}"
+            )
+        if not 0.0 < self.center_crop <= 1.0:
+            raise UserError(f"center_crop is {self.center_crop}, and must be above 0 and at most 1")
         if not self.control_rate > 0:
             raise UserError("control_rate must be positive")
         expected = self.architecture.proprioception

@@ -49,7 +49,7 @@ def operations_for(device: torch.device, head_dim: int) -> ModuleType:
 
 
 class _Tower:
-    """One vision transformer over one image, its features (patches, width)."""
+    """One vision transformer over (N, 3, H, W): its features, (N · patches, width)."""
 
     def __init__(self, tower: VisionTower, swap: Callable[[nn.Module], None], ops: Any) -> None:
         self._ops, whole = ops, tower.kind == "vit"
@@ -70,20 +70,22 @@ class _Tower:
         self._final = tower.norm if whole else None
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        patch, rows = self._patch, pixels.shape[1] // self._patch
-        squares = pixels.reshape(3, rows, patch, rows, patch).permute(1, 3, 0, 2, 4)
-        squares = squares.reshape(rows * rows, -1).to(self._embedding.dtype)
+        count, patch, rows = len(pixels), self._patch, pixels.shape[2] // self._patch
+        squares = pixels.reshape(count, 3, rows, patch, rows, patch).permute(0, 2, 4, 1, 3, 5)
+        squares = squares.reshape(count, rows * rows, -1).to(self._embedding.dtype)
         x = F.linear(squares, self._embedding, self._bias) + self._position
         skipped = 0
         if self._prefix is not None:
-            x, skipped = torch.cat([self._prefix, x]), len(self._prefix)
+            skipped = len(self._prefix)
+            x = torch.cat([self._prefix.expand(count, -1, -1), x], 1)
+        tokens, x = x.shape[1], x.flatten(0, 1)
         delta, factor = None, None
         for block in self._blocks:
             attention, mlp = block.attn, block.mlp
             h = self._norm(x, block.norm1, delta, factor)
-            shape = (len(x), 3, attention.heads, -1)
-            q, k, v = attention.qkv(h).view(shape).permute(1, 2, 0, 3)[:, None]
-            mixed = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).reshape(x.shape)
+            shape = (count, tokens, 3, attention.heads, -1)
+            q, k, v = attention.qkv(h).view(shape).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
             delta, factor = attention.proj(mixed), getattr(block.ls1, "scale_factor", None)
             h = self._norm(x, block.norm2, delta, factor)
             delta, factor = mlp.fc2(F.gelu(mlp.fc1(h))), getattr(block.ls2, "scale_factor", None)
@@ -91,7 +93,7 @@ class _Tower:
             return self._norm(x, self._final, delta, factor)
         if delta is not None:
             x = x + (delta if factor is None else delta * factor)
-        return x[skipped:]
+        return x.view(count, tokens, -1)[:, skipped:].flatten(0, 1)
 
     def _norm(
         self, x: Tensor, norm: nn.LayerNorm, delta: Tensor | None, factor: Tensor | None
@@ -112,6 +114,9 @@ class _Layer:
             norm.weight.detach() for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
         self._eps = layer.input_layernorm.variance_epsilon
+        # Tensor cores multiply halves, and no small matrices.
+        fast = self._norm1.dtype != torch.float32 and self.head_dim >= 32
+        self._attend = (ops if fast else matrices).attend
         self._qkv = matrix([attention.q_proj, attention.k_proj, attention.v_proj])
         self._out = matrix([attention.o_proj])
         self._gate_up, self._down = matrix([mlp.gate_proj, mlp.up_proj]), matrix([mlp.down_proj])
@@ -132,7 +137,18 @@ class _Layer:
             is_causal=True,
             enable_gqa=self.heads != self.kv_heads,
         )[0]
-        mixed = mixed.transpose(0, 1).reshape(len(x), -1)
+        return self._after(x, mixed.transpose(0, 1).reshape(len(x), -1), only)
+
+    def both_ways(
+        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, only: Tensor | None
+    ) -> Tensor:
+        """The same where every token attends to the first `seen`; `only` may be several rows."""
+        qkv = self._times(self._ops.norm(x, self._norm1, self._eps), self._qkv)
+        return self._after(x, self._attend(qkv, cos, sin, seen, self.heads, self.kv_heads), only)
+
+    def _after(self, x: Tensor, mixed: Tensor, only: Tensor | None) -> Tensor:
+        """From attention to the layer's end."""
+        ops = self._ops
         if only is not None:
             x, mixed = x.index_select(0, only), mixed.index_select(0, only)
         x = self._plus(x, mixed, self._out)
@@ -160,15 +176,15 @@ class _Layer:
 class _Slots:
     """Where an action's inputs are put, for one length of prompt."""
 
-    image: Tensor
+    images: Tensor
     ids: Tensor
     last: Tensor
     """Place of the prompt's last token in the sequence, (1,)."""
     proprioception: Tensor | None
 
 
-class GraphEngine:
-    """One observation at a time.
+class CapturedEngine:
+    """One observation at a time, in one graph for each length of prompt.
 
     Args:
         model: is taken apart; its weights live on in fused form.
@@ -179,6 +195,7 @@ class GraphEngine:
 
     name = "graph"
     takes_bytes = True
+    _padding_id = 0
 
     def __init__(
         self,
@@ -187,14 +204,11 @@ class GraphEngine:
         hold: Callable[[list[Any], torch.dtype], Matrix] = matrices.held,
         operations: ModuleType | None = None,
     ) -> None:
-        llama, first = model.language_model.model, model.first_action_id
+        llama = model.language_model.model
         self._embedding = llama.embed_tokens.weight.detach()
         self._device = self._embedding.device
         config = model.config
         self._ops = operations or operations_for(self._device, config.decoder.head_dim)
-        self._action_rows = self._embedding[first : first + model.n_bins]
-        rows = model.language_model.lm_head.weight.detach()[first : first + model.n_bins].clone()
-        self._head = Matrix(rows, (model.n_bins, rows.shape[1]))
         model.language_model.lm_head = nn.Identity()
         self._norm, self._eps = llama.norm.weight.detach(), llama.norm.variance_epsilon
         self._rotary = llama.rotary_emb
@@ -220,9 +234,8 @@ class GraphEngine:
         for module in (model.projector, model.proprio_projector):
             if module is not None:
                 swap(module)
-        self._model, self._tokens = model, model.action_tokens
-        self._context = config.towers[0].patches + (model.proprio_projector is not None)
-        self._image = (config.towers[0].image_size,) * 2 + (3,)
+        self._model, self._tokens, self._context = model, model.action_tokens, config.context
+        self._images = (config.images, *(config.towers[0].image_size,) * 2, 3)
         self._on_gpu = self._device.type == "cuda"
         self._lengths = sorted(lengths) if self._on_gpu else []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Slots, Tensor]] = {}
@@ -241,10 +254,17 @@ class GraphEngine:
                     layer = Linear(weight, module.bias, self._ops)
                     setattr(root.get_submodule(parent), attribute, layer)
 
+    def _needed(self, length: int) -> int:
+        """Tokens of a sequence whose prompt has `length`."""
+        return length + self._context + self._tokens
+
+    def _text(self, length: int) -> int:
+        """How many of them are looked up, for a prompt of `length`."""
+        return length
+
     def _allocate(self, length: int) -> None:
         """Room for a prompt of `length` tokens."""
-        capacity = length + self._context + self._tokens
-        self._capacity = capacity
+        capacity = self._capacity = self._needed(length)
         self._caches = [
             self._norm.new_zeros(2, layer.kv_heads, capacity, layer.head_dim)
             for layer in self._layers
@@ -265,23 +285,12 @@ class GraphEngine:
                     self._capture(length)
         return time.perf_counter() - start
 
-    @torch.inference_mode()
-    def bins(self, inputs: Inputs) -> Tensor:
-        """Greedy action bins, (1, action_tokens), on the CPU.
-
-        Args:
-            inputs: one observation on the CPU, its `pixel_values` (1, H, W, 3) uint8.
-
-        Raises:
-            UserError: the policy's state is not finite.
-        """
+    def _out(self, inputs: Inputs) -> Tensor:
+        """What `_act` gives for one observation on the CPU, its images in bytes."""
         if len(inputs) != 1 or inputs.pixel_values.dtype != torch.uint8:
             raise ValueError("the graph engine takes one observation at a time, its image in bytes")
-        with self._current_device():
-            *bins, finite = self._run(inputs).tolist()
-        if not finite:
-            raise UserError("the policy's state is not finite; its weights or inputs are broken")
-        return torch.tensor([bins])
+        with self._current_device(), torch.inference_mode():
+            return self._run(inputs).cpu()
 
     def _run(self, inputs: Inputs) -> Tensor:
         """By the smallest graph that has room; without one where none has."""
@@ -311,7 +320,7 @@ class GraphEngine:
         for name, part in self._model.parts.items():
             packed = sum(m.nbytes for m in part.modules() if isinstance(m, Linear))
             parts[name] = weight_bytes(part) + packed
-        parts["llm"] += self._head.nbytes + sum(layer.nbytes for layer in self._layers)
+        parts["llm"] += sum(layer.nbytes for layer in self._layers)
         return parts
 
     def _slots(self, length: int) -> _Slots:
@@ -320,16 +329,17 @@ class GraphEngine:
             width = self._model.config.proprioception
             proprioception = self._norm.new_zeros(1, width)
         return _Slots(
-            torch.zeros(self._image, dtype=torch.uint8, device=self._device),
-            torch.zeros(length, dtype=torch.long, device=self._device),
+            torch.zeros(self._images, dtype=torch.uint8, device=self._device),
+            torch.zeros(self._text(length), dtype=torch.long, device=self._device),
             torch.zeros(1, dtype=torch.long, device=self._device),
             proprioception,
         )
 
     def _fill(self, slots: _Slots, inputs: Inputs) -> None:
         ids = inputs.input_ids[0]
-        slots.image.copy_(self._ready(inputs.pixel_values[0]), non_blocking=True)
-        padded = F.pad(ids, (0, len(slots.ids) - len(ids)))
+        images = inputs.pixel_values.reshape(slots.images.shape)
+        slots.images.copy_(self._ready(images), non_blocking=True)
+        padded = F.pad(ids, (0, len(slots.ids) - len(ids)), value=self._padding_id)
         slots.ids.copy_(self._ready(padded), non_blocking=True)
         slots.last.fill_(len(ids) + self._context - 1)
         if slots.proprioception is not None:
@@ -362,7 +372,7 @@ class GraphEngine:
 
     def _beyond(self, slots: _Slots, length: int) -> Tensor:
         """Without a graph; where the prompt has no room, in other places for this once."""
-        if length + self._context + self._tokens <= self._capacity:
+        if self._needed(length) <= self._capacity:
             return self._act(slots)
         kept = self._capacity, self._caches, self._cos, self._sin
         try:
@@ -371,6 +381,70 @@ class GraphEngine:
         finally:
             if self._graphs:
                 self._capacity, self._caches, self._cos, self._sin = kept
+
+    def _act(self, slots: _Slots) -> Tensor:
+        """Everything between the inputs and the numbers that go back to the host."""
+        raise NotImplementedError
+
+    def _embed(self, slots: _Slots) -> Tensor:
+        """The decoder's input, (T, hidden)."""
+        text = self._words(slots)
+        pixels = slots.images.permute(0, 3, 1, 2).float() / 255
+        scaled = [(pixels - mean) / std for mean, std in self._scales]
+        features = self._see(scaled)
+        context = [self._model.projector(features)]
+        if slots.proprioception is not None and self._model.proprio_projector is not None:
+            context.append(self._model.proprio_projector(slots.proprioception))
+        return torch.cat([text[:1], *context, text[1:]])
+
+    def _words(self, slots: _Slots) -> Tensor:
+        """The embeddings of what is looked up, (tokens, hidden)."""
+        return self._embedding.index_select(0, slots.ids)
+
+    def _see(self, scaled: list[Tensor]) -> Tensor:
+        """All towers' features side by side, each tower in a stream of its own on a GPU."""
+        if not self._streams:
+            return torch.cat([t(p) for t, p in zip(self._towers, scaled, strict=True)], 1)
+        main, features = torch.cuda.current_stream(), []
+        for stream in self._streams:
+            stream.wait_stream(main)
+        for stream, tower, pixels in zip(self._streams, self._towers[1:], scaled[1:], strict=True):
+            with torch.cuda.stream(stream):
+                features.append(tower(pixels))
+        features.insert(0, self._towers[0](scaled[0]))
+        for stream in self._streams:
+            main.wait_stream(stream)
+        return torch.cat(features, 1)
+
+
+class GraphEngine(CapturedEngine):
+    """Action tokens, one after another."""
+
+    def __init__(self, model: OpenVLA, *arguments: Any, **options: Any) -> None:
+        first = model.first_action_id
+        rows = model.language_model.lm_head.weight.detach()[first : first + model.n_bins].clone()
+        self._head = Matrix(rows, (model.n_bins, rows.shape[1]))
+        super().__init__(model, *arguments, **options)
+        self._action_rows = self._embedding[first : first + model.n_bins]
+
+    def bins(self, inputs: Inputs) -> Tensor:
+        """Greedy action bins, (1, action_tokens), on the CPU.
+
+        Args:
+            inputs: one observation on the CPU, its `pixel_values` (1, H, W, 3) uint8.
+
+        Raises:
+            UserError: the policy's state is not finite.
+        """
+        *bins, finite = self._out(inputs).tolist()
+        if not finite:
+            raise UserError("the policy's state is not finite; its weights or inputs are broken")
+        return torch.tensor([bins])
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of weights held in memory, by part."""
+        parts = super().weight_bytes()
+        return parts | {"llm": parts["llm"] + self._head.nbytes}
 
     def _act(self, slots: _Slots) -> Tensor:
         """Bins, then 1 if the state behind them is finite, else 0: (action_tokens + 1,) int64."""
@@ -393,29 +467,3 @@ class GraphEngine:
         logits = torch.empty(self._head.shape[0], dtype=torch.float32, device=state.device)
         self._ops.gemv(state, self._head, logits, self._norm, self._eps)
         return logits.argmax(-1, keepdim=True)
-
-    def _embed(self, slots: _Slots) -> Tensor:
-        """The decoder's input, (T, hidden)."""
-        text = self._embedding.index_select(0, slots.ids)
-        pixels = slots.image.permute(2, 0, 1).float() / 255
-        scaled = [(pixels - mean) / std for mean, std in self._scales]
-        features = self._see(scaled)
-        context = [self._model.projector(features)]
-        if slots.proprioception is not None and self._model.proprio_projector is not None:
-            context.append(self._model.proprio_projector(slots.proprioception))
-        return torch.cat([text[:1], *context, text[1:]])
-
-    def _see(self, scaled: list[Tensor]) -> Tensor:
-        """All towers' features side by side, each tower in a stream of its own on a GPU."""
-        if not self._streams:
-            return torch.cat([t(p) for t, p in zip(self._towers, scaled, strict=True)], 1)
-        main, features = torch.cuda.current_stream(), []
-        for stream in self._streams:
-            stream.wait_stream(main)
-        for stream, tower, pixels in zip(self._streams, self._towers[1:], scaled[1:], strict=True):
-            with torch.cuda.stream(stream):
-                features.append(tower(pixels))
-        features.insert(0, self._towers[0](scaled[0]))
-        for stream in self._streams:
-            main.wait_stream(stream)
-        return torch.cat(features, 1)

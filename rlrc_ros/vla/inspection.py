@@ -35,6 +35,7 @@ def inspect(policy: str | Path) -> dict[str, Any]:
         "dtype": config.dtype,
         "quantization": asdict(config.quantization) if config.quantization else None,
         "control_rate": config.control_rate,
+        "chunk": head.chunk if (head := config.architecture.action_head) else 1,
         "cameras": [asdict(camera) for camera in config.cameras],
         "proprioception": asdict(config.proprioception) if config.proprioception else None,
         "provenance": bundle.provenance,

@@ -203,6 +203,23 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Te
     return both[:heads]
 
 
+def attend(
+    qkv: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, heads: int, kv_heads: int
+) -> Tensor:
+    """Attention of every token to every other: see `rlrc_ros.vla.kernels.attend`."""
+    tokens = len(qkv)
+    parts = qkv.view(tokens, heads + 2 * kv_heads, -1).transpose(0, 1)
+    both = _turn(parts[: heads + kv_heads], cos[:tokens], sin[:tokens])
+    mixed = F.scaled_dot_product_attention(
+        both[None, :heads],
+        both[None, heads:],
+        parts[None, heads + kv_heads :],
+        attn_mask=(torch.arange(tokens, device=qkv.device) < seen)[None, None, None],
+        enable_gqa=heads != kv_heads,
+    )
+    return mixed[0].transpose(0, 1).reshape(tokens, -1)
+
+
 def norm(
     x: Tensor,
     gain: Tensor,

@@ -28,8 +28,9 @@ class Inputs:
     Attributes:
         input_ids: (B, T) token ids, BOS first, shorter prompts padded at their end.
         attention_mask: (B, T) bool, False at padding; None when there is none.
-        pixel_values: (B, 3 × towers, H, W), normalised, one RGB triple for each tower; or (B, H, W,
-            3) uint8 for an engine that normalises.
+        pixel_values: (B, 3 × towers × images, H, W), normalised: of each image one RGB triple for
+            each tower; or (B, H, W, 3) uint8 for an engine that normalises, (B, images, H, W, 3)
+            where there are several.
         proprioception: (B, P), normalised; None when the policy takes none.
     """
 
@@ -177,9 +178,9 @@ class VisionTower(nn.Module):
 
 
 class VisionBackbone(nn.Module):
-    """One or two towers, their features side by side.
+    """One or two towers, their features side by side; one image after the other.
 
-    (B, 3 × towers, H, W) -> (B, patches, sum of widths).
+    (B, 3 × towers × images, H, W) -> (B, images × patches, sum of widths).
     """
 
     def __init__(self, towers: Sequence[TowerConfig]) -> None:
@@ -188,10 +189,12 @@ class VisionBackbone(nn.Module):
         self.fused_featurizer = VisionTower(towers[1]) if len(towers) > 1 else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if self.fused_featurizer is None:
-            return self.featurizer(pixel_values)
-        first, second = pixel_values.split(3, 1)
-        return torch.cat([self.featurizer(first), self.fused_featurizer(second)], 2)
+        channels = 3 if self.fused_featurizer is None else 6
+        images = pixel_values.unflatten(1, (-1, channels)).flatten(0, 1)
+        features = self.featurizer(images[:, :3])
+        if self.fused_featurizer is not None:
+            features = torch.cat([features, self.fused_featurizer(images[:, 3:])], 2)
+        return features.reshape(len(pixel_values), -1, features.shape[2])
 
 
 class Projector(nn.Module):

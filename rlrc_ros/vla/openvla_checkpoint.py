@@ -2,18 +2,20 @@
 
 Widths and depths are read off the stored tensors' shapes; `config.json` adds what no shape tells:
 head sizes, the padding of the vocabulary, and the statistics of the actions, one set a data set.
-Reference: openvla/prismatic/extern/hf/{configuration,modeling}_prismatic.py.
+Reference: openvla/prismatic/extern/hf/{configuration,modeling}_prismatic.py. What OpenVLA-OFT puts
+beside that is read by `rlrc_ros.vla.oft_checkpoint`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.schema import read_json
+from rlrc_ros.vla import oft_checkpoint
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
     ArchitectureConfig,
@@ -21,6 +23,7 @@ from rlrc_ros.vla.config import (
     CameraConfig,
     DecoderConfig,
     LayerWidths,
+    ProprioceptionConfig,
     TowerConfig,
 )
 from rlrc_ros.vla.weights import WeightFiles
@@ -65,6 +68,7 @@ class Checkpoint:
         architecture: the module tree.
         statistics: how actions are scaled, by data set (upstream's `unnorm_key`).
         dtype: of the stored tensors.
+        proprioception: how that is scaled, by data set; empty where the policy takes none.
     """
 
     path: Path
@@ -72,6 +76,7 @@ class Checkpoint:
     architecture: ArchitectureConfig
     statistics: dict[str, ActionCodecConfig]
     dtype: str
+    proprioception: dict[str, ProprioceptionConfig] = field(default_factory=dict)
 
     def bundle_config(self, unnorm_key: str | None) -> BundleConfig:
         """As a bundle's `config.json` would say it.
@@ -96,11 +101,17 @@ class Checkpoint:
                 f"{', '.join(sorted(self.statistics))}"
             )
         size = self.architecture.towers[0].image_size
+        cameras = (CAMERA, *oft_checkpoint.MORE_CAMERAS)[: self.architecture.images]
+        proprioception = None
+        if self.architecture.proprioception:
+            proprioception = self.proprioception.get(
+                unnorm_key or "", oft_checkpoint.unscaled(self.architecture.proprioception)
+            )
         return BundleConfig(
             architecture=self.architecture,
             action_codec=codec,
-            cameras=(CameraConfig(name=CAMERA, height=size, width=size),),
-            proprioception=None,
+            cameras=tuple(CameraConfig(name=name, height=size, width=size) for name in cameras),
+            proprioception=proprioception,
             control_rate=CONTROL_RATE,
             instruction_template=TEMPLATE,
             dtype=self.dtype,  # type: ignore[arg-type]
@@ -114,26 +125,28 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing, damaged, or asks for what OpenVLA's module tree has not.
     """
-    if heads := sorted(file.name for file in directory.glob("action_head--*")):
-        raise UserError(
-            f"{directory}: is an OpenVLA-OFT checkpoint: its actions come from {heads[0]}, which "
-            "this program cannot run, and not from the tokens of its language model"
-        )
     file = directory / CONFIG
     config = _Fields(read_json(file), file)
-    weights = WeightFiles.find(directory)
+    weights = oft_checkpoint.with_parts(WeightFiles.find(directory), directory)
     headers = weights.headers()
     for name, (_, dtype) in headers.items():
         if dtype not in DTYPES:
             known = ", ".join(DTYPES.values())
             raise UserError(f"{weights.path}: {name} is {dtype}; expected one of {known}")
     shapes = _Shapes(weights.path, {name: shape for name, (shape, _) in headers.items()})
+    towers, decoder = _towers(directory, config, shapes), _decoder(config, shapes)
     architecture = ArchitectureConfig(
-        towers=_towers(directory, config, shapes), decoder=_decoder(config, shapes)
+        towers=towers, decoder=decoder, **oft_checkpoint.architecture(weights, towers, decoder)
     )
     _, dtype = headers["language_model.model.embed_tokens.weight"]
+    sets, file = _norm_stats(directory, config)
     return Checkpoint(
-        directory, weights, architecture, _statistics(directory, config), DTYPES[dtype]
+        directory,
+        weights,
+        architecture,
+        _statistics(sets, file, config),
+        DTYPES[dtype],
+        oft_checkpoint.proprioception(sets, file, architecture.proprioception),
     )
 
 
@@ -282,7 +295,7 @@ def _of(text: _Fields, key: str) -> Any:
     return text(key, (int, float) if isinstance(usual, float) else type(usual), usual)
 
 
-def _statistics(directory: Path, config: _Fields) -> dict[str, ActionCodecConfig]:
+def _norm_stats(directory: Path, config: _Fields) -> tuple[dict[str, Any], Path]:
     """By data set; fine-tuned checkpoints keep their own in a file of its own, which rules."""
     sets, file = config.inside("norm_stats").content, config.file
     if (directory / STATISTICS).is_file():
@@ -290,6 +303,10 @@ def _statistics(directory: Path, config: _Fields) -> dict[str, ActionCodecConfig
         sets = _Fields(read_json(file), file).content
     if not sets:
         raise UserError(f"{file}: has no norm_stats, so actions have no unit")
+    return sets, file
+
+
+def _statistics(sets: dict[str, Any], file: Path, config: _Fields) -> dict[str, ActionCodecConfig]:
     codecs = {}
     for name in sets:
         action = _Fields(sets, file).inside(name).inside("action")

@@ -10,7 +10,7 @@ transformers/conversion_mapping.py).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,13 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     if file.is_file():
         contract = from_dict(Contract, read_json(file), str(file))
     architecture = _architecture(fields, shapes, len(state[0]) if state else 0)
+    cameras = _cameras(fields, architecture.towers[0].image_size)
     _, dtype = headers["expert.action_out_proj.weight"]
     low, high = action
     config = BundleConfig(
-        architecture=architecture,
+        architecture=replace(architecture, images=len(cameras)),
         action_codec=ActionCodecConfig(q01=low, q99=high, mask=(True,) * len(low)),
-        cameras=_cameras(fields, architecture.towers[0].image_size),
+        cameras=cameras,
         proprioception=_proprioception(directory, contract, *state) if state else None,
         control_rate=contract.control_rate,
         instruction_template=TEMPLATE,

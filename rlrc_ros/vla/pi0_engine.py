@@ -242,7 +242,6 @@ class Pi0GraphEngine:
 
     Args:
         model: is taken apart; its weights live on in fused form.
-        cameras: how many images an observation has.
         noise: (chunk, action_width) to start from; by default the same in every process.
         lengths: of prompts that graphs are captured for; none on a CPU.
         hold: how linear layers with the same input become one `Matrix`.
@@ -255,7 +254,6 @@ class Pi0GraphEngine:
     def __init__(
         self,
         model: Pi0,
-        cameras: int,
         noise: Tensor | None = None,
         lengths: Sequence[int] = PROMPT_LENGTHS,
         hold: Callable[[list[Any], torch.dtype], Matrix] = matrices.held,
@@ -281,8 +279,8 @@ class Pi0GraphEngine:
         self._expert_layers = self._taken(model.expert.model.layers, matrix)
         self._rotary = model.language_model.model.rotary_emb
         self._take_heads(model)
-        self._context = cameras * tower.patches
-        self._images = (cameras, tower.image_size, tower.image_size, 3)
+        self._context = config.context
+        self._images = (config.images, tower.image_size, tower.image_size, 3)
         self._suffix = _aligned(1 + expert.chunk)
         self._lengths = sorted(lengths) if self._on_gpu else []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Slots, Tensor]] = {}

@@ -19,11 +19,13 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.vla import quantization
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle
+from rlrc_ros.vla.chunk_engine import EagerChunkEngine, GraphChunkEngine
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.engine import ChunkEngine, EagerEngine, Engine, UnrolledEngine
 from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvino_engine import OpenVINOEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.pi0 import Pi0
 from rlrc_ros.vla.pi0_engine import Pi0EagerEngine, Pi0GraphEngine
 from rlrc_ros.vla.pi0_processor import Pi0Processor
@@ -52,6 +54,8 @@ def build_model(config: BundleConfig) -> OpenVLA | Pi0:
     """The bundle's module tree with fresh weights."""
     if config.architecture.expert is not None:
         return Pi0(config.architecture)
+    if config.architecture.action_head is not None:
+        return OpenVLAOFT(config.architecture, config.action_codec.n_bins)
     return OpenVLA(config.architecture, config.action_codec.n_bins, config.action_codec.dimensions)
 
 
@@ -223,12 +227,13 @@ class Policy:
         self.bundle.require_action_scale()
         start = time.perf_counter()
         config, in_bytes = self.config, self.engine.takes_bytes
-        grey = np.full((1, *self.processor.image_shape), 128, np.uint8)
+        size = config.architecture.towers[0].image_size
+        grey = np.full((config.architecture.images, size, size, 3), 128, np.uint8)
         resting = np.asarray(config.proprioception.mean)[None] if config.proprioception else None
         inputs = Inputs(
             torch.full((1, 16), config.architecture.decoder.bos_token_id),
             None,
-            torch.tensor(grey) if in_bytes else self.processor.pixel_values(grey),
+            self.processor.stacked(grey, in_bytes),
             None if resting is None else self.processor.normalise_proprioception(resting),
         )
         if not in_bytes:
@@ -240,9 +245,10 @@ class Policy:
 
 
 def part_of(name: str) -> str:
-    """The part that a stored tensor belongs to: vision, projector, llm or expert."""
-    heads = {"vision_backbone": "vision", "language_model": "llm", "expert": "expert"}
-    return heads.get(name.partition(".")[0], "projector")
+    """The part that a stored tensor belongs to: vision, projector, llm, action_head or expert."""
+    parts = {"vision_backbone": "vision", "language_model": "llm"}
+    parts |= {"action_head": "action_head", "expert": "expert"}
+    return parts.get(name.partition(".")[0], "projector")
 
 
 def parameter_counts(model: OpenVLA | Pi0) -> dict[str, int]:
@@ -269,7 +275,7 @@ def load_policy(
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
         engine: `auto` takes `unrolled` on a CPU, else `eager`; `graph` has yet to be run on a GPU.
-            For pi0 `auto` is `eager`, and there is `graph`.
+            Where actions come in chunks, `auto` is `eager`, and there is `graph`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -286,18 +292,24 @@ def load_policy(
             f"device '{device}' cannot be used ({str(error).splitlines()[0]})"
         ) from None
     bundle = open_bundle(policy, unnorm_key)
-    on_cpu, pi0 = target.type == "cpu", bundle.config.architecture.expert is not None
+    on_cpu, architecture = target.type == "cpu", bundle.config.architecture
+    engines = _ENGINES
+    if architecture.expert is not None:
+        engines = _PI0_ENGINES
+        _refuse_other_actions(bundle)
+    elif architecture.action_head is not None:
+        engines = _CHUNK_ENGINES
     if engine == "auto":
-        engine = "unrolled" if on_cpu and not pi0 else "eager"
-    if pi0:
-        _refuse_pi0(bundle, engine)
+        engine = "unrolled" if on_cpu and "unrolled" in engines else "eager"
+    if engine not in engines:
+        raise UserError(
+            f"{bundle.path}: gives chunks of actions, which the {engine} engine cannot; take "
+            f"engine {' or '.join(map(repr, engines))}"
+        )
     if engine in ("unrolled", "openvino") and not on_cpu:
         raise UserError(f"the {engine} engine runs on a CPU only; take engine 'graph' or 'eager'")
     kind = {"auto": torch.float32 if on_cpu else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
-    build = _ENGINES[engine]
-    if pi0:
-        cameras = len(bundle.config.cameras)
-        build = Pi0EagerEngine if engine == "eager" else partial(Pi0GraphEngine, cameras=cameras)
+    build = engines[engine]
     if engine == "openvino":  # which casts by itself, where it takes weights in float32
         build = partial(OpenVINOEngine, precision="bf16" if kind == torch.bfloat16 else "f32")
         kind = torch.float32
@@ -307,10 +319,8 @@ def load_policy(
     return Policy(bundle, build(model), parameters, target, kind)
 
 
-def _refuse_pi0(bundle: Bundle, engine: str) -> None:
-    """Say what this program cannot do with a pi0 policy."""
-    if engine not in ("eager", "graph"):
-        raise UserError(f"{bundle.path}: is a pi0 policy; its engines are 'eager' and 'graph'")
+def _refuse_other_actions(bundle: Bundle) -> None:
+    """Say that the policy commands something else than this program can."""
     if (found := bundle.config.action_codec.dimensions) != ACTION_WIDTH:
         raise UserError(
             f"{bundle.path}: its actions have {found} values; this program commands the motion of "
@@ -318,12 +328,15 @@ def _refuse_pi0(bundle: Bundle, engine: str) -> None:
         )
 
 
-_ENGINES: dict[str, Callable[[Any], Engine | ChunkEngine]] = {
+_Engines = dict[str, Callable[[Any], Engine | ChunkEngine]]
+_ENGINES: _Engines = {
     "eager": EagerEngine,
     "unrolled": UnrolledEngine,
     "graph": GraphEngine,
     "openvino": OpenVINOEngine,
 }
+_CHUNK_ENGINES: _Engines = {"eager": EagerChunkEngine, "graph": GraphChunkEngine}
+_PI0_ENGINES: _Engines = {"eager": Pi0EagerEngine, "graph": Pi0GraphEngine}
 
 
 def _refuse_too_large(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:

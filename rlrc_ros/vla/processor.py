@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.vla.config import BundleConfig, CameraConfig
+from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.openvla import Inputs
 
 
@@ -49,20 +49,20 @@ class Processor:
     def __call__(self, observation: Observation, as_bytes: bool = False) -> Inputs:
         """A batch of one.
 
-        as_bytes: leave the image (1, H, W, 3) uint8, for an engine that normalises it.
+        as_bytes: leave the images uint8, for an engine that normalises them.
 
         Raises:
             UserError: a camera or the proprioception is missing or has the wrong shape, a value is
                 not finite, or the instruction is empty or has words the policy does not know.
         """
         ids = torch.tensor([self.token_ids(observation.instruction)])
-        image = self.image(observation)[None]
-        return Inputs(
-            ids,
-            None,
-            torch.tensor(image) if as_bytes else self.pixel_values(image),
-            self._proprioception(observation),
-        )
+        pixels = self.stacked(self.images(observation), as_bytes)
+        return Inputs(ids, None, pixels, self._proprioception(observation))
+
+    def stacked(self, images: NDArray[np.uint8], as_bytes: bool = False) -> Tensor:
+        """`Inputs.pixel_values` of one observation's images, (images, H, W, 3) uint8."""
+        batch = images if len(images) == 1 else images[None]
+        return torch.tensor(batch) if as_bytes else self.pixel_values(batch)
 
     def token_ids(self, instruction: str) -> list[int]:
         """The prompt's token ids, BOS first.
@@ -95,7 +95,9 @@ class Processor:
             and ids[-1] != self.config.prompt_suffix_token
         ):
             ids.append(self.config.prompt_suffix_token)
-        room = decoder.max_positions - self._patches - 16
+        head = self.config.architecture.action_head
+        actions = head.places + 1 if head else 16
+        room = decoder.max_positions - self.config.architecture.context - actions
         if len(ids) > room:
             raise UserError(
                 f"the instruction takes {len(ids)} tokens, and the policy's context has room for "
@@ -109,17 +111,6 @@ class Processor:
     def _words(self, instruction: str) -> str:
         """The instruction as the policy was trained to read it."""
         return instruction.strip().lower()
-
-    @property
-    def _patches(self) -> int:
-        """How many tokens the policy's images become."""
-        return self.config.architecture.towers[0].patches
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Of what `image` gives."""
-        size = self.config.architecture.towers[0].image_size
-        return size, size, 3
 
     def batch_token_ids(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(B, T) ids padded at the end, and the (B, T) mask.
@@ -135,7 +126,13 @@ class Processor:
         return ids, torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
 
     def pixel_values(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 of the towers' size -> (B, 3 × towers, H, W) float32, normalised."""
+        """`Inputs.pixel_values` of images of the towers' size, normalised, float32.
+
+        images: (B, H, W, 3) uint8, or (B, images, H, W, 3).
+        """
+        if images.ndim == 5:
+            each = self.pixel_values(images.reshape(-1, *images.shape[2:]))
+            return each.reshape(len(images), -1, *each.shape[2:])
         if isinstance(images, np.ndarray) and not images.flags.writeable:
             images = images.copy()  # from a message; torch wants to be able to write
         pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
@@ -153,31 +150,34 @@ class Processor:
         contract = self.config.proprioception
         assert contract is not None
         x = torch.as_tensor(values, dtype=torch.float32)
-        return (x - torch.tensor(contract.mean, device=x.device)) / torch.tensor(
+        x = (x - torch.tensor(contract.mean, device=x.device)) / torch.tensor(
             contract.std, device=x.device
         )
+        return x if contract.limit is None else x.clamp(-contract.limit, contract.limit)
 
-    def image(self, observation: Observation) -> NDArray[np.uint8]:
-        """What the towers see: (H, W, 3) uint8 of their size.
+    def images(self, observation: Observation) -> NDArray[np.uint8]:
+        """What the towers see, camera by camera: (images, H, W, 3) uint8 of their size.
 
         Raises:
-            UserError: the camera is missing, or its picture is none.
+            UserError: a camera is missing, or its picture is none.
         """
-        return self._seen_by(self.config.cameras[0], observation)
+        cameras = self.config.cameras[: self.config.architecture.images]
+        return np.stack([self._image(observation, camera.name) for camera in cameras])
 
-    def _seen_by(self, camera: CameraConfig, observation: Observation) -> NDArray[np.uint8]:
-        image = observation.images.get(camera.name)
+    def _image(self, observation: Observation, camera: str) -> NDArray[np.uint8]:
+        image = observation.images.get(camera)
         if image is None:
             there = ", ".join(sorted(observation.images)) or "none"
             raise UserError(
-                f"the policy looks through camera '{camera.name}', and the observation has: {there}"
+                f"the policy looks through camera '{camera}', and the observation has: {there}"
             )
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise UserError(
-                f"camera '{camera.name}': expected (height, width, 3) uint8 RGB, got "
+                f"camera '{camera}': expected (height, width, 3) uint8 RGB, got "
                 f"{image.shape} {image.dtype}{_remedy(image)}"
             )
-        return self.resized(image)
+        share = self.config.center_crop
+        return self.resized(image) if share == 1.0 else center_crop(self.resized(image), share)
 
     def resized(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB -> the towers' size: bicubic with antialias, not keeping the aspect.
@@ -205,6 +205,24 @@ class Processor:
         if not np.isfinite(values).all():
             raise UserError("the proprioception has a value that is not finite")
         return self.normalise_proprioception(values[None])
+
+
+def center_crop(image: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
+    """That share of a square image's area, about its centre, scaled up to the whole, (H, H, 3).
+
+    Bilinear and in the order and precision of TensorFlow's `crop_and_resize`, with which upstream
+    does it (`center_crop_image` of openvla-oft/experiments/robot/openvla_utils.py).
+    """
+    last, side = np.float32(len(image) - 1), np.sqrt(np.float32(share))
+    first = (1 - side) / 2
+    step = (first + side - first) * last / last
+    at = first * last + np.arange(len(image), dtype=np.float32) * step
+    low, high = np.floor(at).astype(int), np.ceil(at).astype(int)
+    part = (at - low).astype(np.float32)
+    x = image.astype(np.float32) * np.float32(1 / 255)
+    x = x[:, low] + (x[:, high] - x[:, low]) * part[None, :, None]
+    x = x[low] + (x[high] - x[low]) * part[:, None, None]
+    return (x.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
 
 
 def _remedy(image: NDArray[Any]) -> str:

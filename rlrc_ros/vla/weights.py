@@ -1,17 +1,20 @@
 """Tensors on disk: one safetensors file, or the shards that an index names.
 
-Never a pickle, which can run code when it is read.
+Never a pickle, which can run code when it is read; the parts of OpenVLA-OFT, which upstream pickles
+apart, are read by torch's own reader of tensors and nothing else.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,6 +26,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 MAPPED_BYTES = 16 << 20
 """How much of a file is mapped at a time while it is read."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""As safetensors names them."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,13 @@ class WeightFiles:
         path: the file, or the directory of the shards.
         files: the file that holds a tensor, by the tensor's name.
         stored_as: the name in the file, of those tensors that are known by another.
+        pickled: those of them that are in no safetensors file, memory-mapped.
     """
 
     path: Path
     files: dict[str, Path]
     stored_as: dict[str, str] = field(default_factory=dict)
+    pickled: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def find(cls, directory: Path) -> WeightFiles:
@@ -63,11 +70,24 @@ class WeightFiles:
     def under(self, names: dict[str, str]) -> WeightFiles:
         """Some of the tensors, by other names: each new name with the one that it has now."""
         files = {name: self.files[stored] for name, stored in names.items()}
-        return WeightFiles(self.path, files, names)
+        return replace(self, files=files, stored_as=names)
+
+    def with_part(self, name: str, file: Path) -> WeightFiles:
+        """These, and a pickled part's tensors as `name.…`; reads none of them.
+
+        Raises:
+            UserError: the file holds anything but tensors.
+        """
+        tensors = {f"{name}.{key}": tensor for key, tensor in _unpickled(file).items()}
+        files = {**self.files, **dict.fromkeys(tensors, file)}
+        return replace(self, files=files, pickled={**self.pickled, **tensors})
 
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype (as safetensors names it) of each tensor; reads no tensor."""
-        found = {}
+        found = {
+            name: (tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
+            for name, tensor in self.pickled.items()
+        }
         for file, names in self._by_file().items():
             with opened(file) as stored:
                 for name in names:
@@ -88,6 +108,7 @@ class WeightFiles:
         return self._read(unmap_at=MAPPED_BYTES)
 
     def _read(self, unmap_at: int | None) -> Iterator[tuple[str, Tensor]]:
+        yield from self.pickled.items()
         for file, names in self._by_file().items():
             left = names[::-1]
             while left:
@@ -103,7 +124,8 @@ class WeightFiles:
     def _by_file(self) -> dict[Path, list[str]]:
         names = defaultdict(list)
         for name, file in self.files.items():
-            names[file].append(name)
+            if name not in self.pickled:
+                names[file].append(name)
         return names
 
 
@@ -119,6 +141,19 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """A state dict that `torch.save` wrote, memory-mapped, names without DDP's prefix."""
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file}: not a readable file of tensors ({first})") from None
+    pairs = content.items() if isinstance(content, dict) else ((None, content),)
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        raise UserError(f"{file}: holds other things than tensors by name")
+    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
 
 
 def _names(file: Path) -> list[str]:

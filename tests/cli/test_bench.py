@@ -136,7 +136,7 @@ def test_one_action_takes_time(policies):
 @pytest.fixture
 def small_shape(monkeypatch):
     from rlrc_ros.cli import bench_shape
-    from rlrc_ros.vla.config import LayerWidths
+    from rlrc_ros.vla.config import ActionHeadConfig, LayerWidths
     from tests.conftest import bundle_config
     from tests.vla.checkpoints import architecture
 
@@ -146,7 +146,15 @@ def small_shape(monkeypatch):
         config = dataclasses.replace(config, decoder=whole)
         return bundle_config(architecture=config, proprioception=None)
 
+    def oft():
+        config = shape()
+        head = ActionHeadConfig(chunk=8, dimensions=7)
+        inside = dataclasses.replace(config.architecture, images=2, action_head=head)
+        cameras = tuple(dataclasses.replace(config.cameras[0], name=name) for name in "ab")
+        return dataclasses.replace(config, architecture=inside, cameras=cameras)
+
     monkeypatch.setitem(bench_shape.SHAPES, "openvla-7b", shape)
+    monkeypatch.setitem(bench_shape.SHAPES, "openvla-7b-oft", oft)
 
 
 def test_an_architecture_with_random_weights(rlrc, small_shape, tmp_path):
@@ -200,6 +208,19 @@ def test_pi0_with_random_weights(rlrc, small_pi0, tmp_path):
     for row, saved in zip(rows, raw, strict=True):
         low, high = row["against_transformers"]["times_faster_ci95"]
         assert 0 < low <= high and row["floor_ms"] > 0 and len(saved["times_ms"]) == 10
+
+
+def test_an_architecture_that_gives_chunks(rlrc, small_shape):
+    words = ["--shape", "openvla-7b-oft", "--variants", "full,pruned-nf4", "--device", "cpu"]
+    status, printed, _ = rlrc("bench", *words, "--rounds", "10", "--json")
+    assert status == 0
+    forward, full, pruned = json.loads(printed)["variants"]
+    assert full["against_eager"]["max_action_diff"] < 1e-4 < full["against_eager"]["action_std"]
+    assert full["bytes"]["action_head"] == 4 * full["parameters"]["action_head"] > 0
+    assert pruned["bytes"]["total"] < full["bytes"]["total"]
+    assert forward["against_forward"]["times_faster"] == 1.0
+    for row in (forward, full, pruned):
+        assert row["floor_ms"] > 0 and row["latency_ms"]["p50"] > 0
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.messages.command import command_arrays
 from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.nodes.sensors import listen
+from rlrc_ros.vla import quantization
+from rlrc_ros.vla.bundle import provenance, write_bundle
+from rlrc_ros.vla.processor import word_tokenizer
+from tests.conftest import WORDS, bundle_config, chunked, random_model
 from tests.ros.conftest import a_tester
 from tests.ros.policy_robot import INSTRUCTION, JOINTS, broken, parameters
 
@@ -340,3 +344,19 @@ def test_a_sensor_parameter_that_makes_no_sense_is_refused(ros, name, value, wor
         listen(node)
     node.destroy_node()
     assert "\n" not in str(error.value)
+
+
+def test_a_policy_that_gives_chunks_looks_once_for_several_steps(robot, tmp_path):
+    config = chunked(bundle_config())
+    tensors, origin = quantization.stored(random_model(config)), provenance(None, "original")
+    write_bundle(tmp_path / "chunks", config, tensors, word_tokenizer(WORDS), origin)
+    assert robot.load("chunks", str(tmp_path / "chunks")).success
+    episode_id, status, result = robot.run(seconds=3.0, label="chunks")
+    assert status == GoalStatus.STATUS_SUCCEEDED, result.message
+    assert result.termination_reason == "timeout" and result.steps > 8
+    *steps, stop = robot.of(episode_id)
+    assert [m.step for m in steps] == list(range(result.steps))
+    looked = [to_nanoseconds(m.observation_stamp) for m in steps]
+    assert looked == sorted(looked) and 2 <= len(set(looked)) <= len(looked) / 2
+    assert all(np.isfinite(command_arrays(m).twist).all() for m in steps)
+    assert not command_arrays(stop).twist.any()

@@ -152,5 +152,5 @@ def test_demonstrations_that_do_not_fit(short, demonstrations):
     with pytest.raises(UserError, match="images are 16×32, and the policy's vision takes 32×32"):
         batches_of(policy, short)
     policy.config = pi0_config(CAMERAS)
-    with pytest.raises(UserError, match="looks through 3 cameras, and demonstrations are of one"):
-        batches_of(policy)
+    with pytest.raises(UserError, match="looks through 3 cameras, and the demonstrations hold the"):
+        batches_of(policy, short)

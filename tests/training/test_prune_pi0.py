@@ -98,7 +98,7 @@ def test_cutting_equals_masking(plan, seed):
     assert (found - start).abs().max() > 0.05
     raw, normalised = both(model.config)
     expected = model.generate(normalised, start)
-    engine = Pi0GraphEngine(model, 3, start[0])
+    engine = Pi0GraphEngine(model, start[0])
     torch.testing.assert_close(engine.chunk(raw), expected, atol=2e-5, rtol=0)
 
 
@@ -223,7 +223,6 @@ def test_saved_with_widths_of_its_own_it_acts_alike(pi0_bundle, tmp_path):
     saved = trainable.save(tmp_path / "pruned", "pruned")
     policy = load_policy(saved.path)
     inputs = observed(trainable.model.config)
-    inputs.pixel_values = inputs.pixel_values[:, :1]
     start = policy.engine._noise
     expected = trainable.model.generate(inputs, start[None])
     torch.testing.assert_close(policy.engine.chunk(inputs), expected, atol=1e-5, rtol=0)

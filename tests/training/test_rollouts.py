@@ -53,7 +53,7 @@ def test_shards_hold_what_the_policys_towers_saw_and_what_it_did(
     ]
     processor = Processor(bundle_config(), None)
     for k, step in enumerate(steps):
-        np.testing.assert_array_equal(data.images[k], processor.image(step.observation))
+        np.testing.assert_array_equal(data.images[k], processor.images(step.observation)[0])
         seen = step.observation.proprioception.astype(np.float32)
         np.testing.assert_array_equal(data.proprioception[k], seen)
         np.testing.assert_array_equal(data.actions[k], step.action.astype(np.float32))

@@ -19,7 +19,9 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 VOCABULARY = 96
 
 
-def architecture(layers=((4, 1, 128),) * 3, expert=((4, 1, 64),) * 3, proprioception=8, **changes):
+def architecture(
+    layers=((4, 1, 128),) * 3, expert=((4, 1, 64),) * 3, proprioception=8, images=3, **changes
+):
     half = (0.5, 0.5, 0.5)
     sizes = {"width": 32, "depth": 2, "heads": 2, "ffn": 48, "patch": 8, "image_size": 32}
     tower = TowerConfig(kind="paligemma", mean=half, std=half, **sizes)
@@ -37,6 +39,7 @@ def architecture(layers=((4, 1, 128),) * 3, expert=((4, 1, 64),) * 3, propriocep
         towers=(tower,),
         decoder=decoder,
         proprioception=proprioception,
+        images=images,
         expert=ExpertConfig(hidden_size=32, layers=widths, **options),
     )
 
@@ -47,7 +50,7 @@ def pi0_config(cameras=CAMERAS, **shape):
     if shape.get("proprioception", 8) == 0:
         fields["proprioception"] = None
     return bundle_config(
-        architecture=architecture(**shape),
+        architecture=architecture(images=len(cameras), **shape),
         action_codec=ActionCodecConfig(
             q01=(-0.01,) * 6 + (0.0,), q99=(0.03,) * 6 + (1.0,), mask=(True,) * 7
         ),
@@ -74,7 +77,7 @@ def random_pi0(config, seed=0):
 def observed(config, tokens=7, batch=1, seed=0, lengths=None):
     """Inputs of a batch; `lengths` of its prompts, where they differ."""
     generator = torch.Generator().manual_seed(seed)
-    size, cameras = config.towers[0].image_size, 3
+    size, cameras = config.towers[0].image_size, config.images
     ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
     mask = None
     if lengths is not None:

@@ -82,6 +82,21 @@ def test_rotation_of_a_prompt(heads, kv_heads, start):
     close(*caches)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("tokens", "seen"), [(16, 1), (80, 80), (144, 130)])
+def test_attention_of_every_token_to_every_other(heads, kv_heads, tokens, seen):
+    size, capacity = 32, 160
+    qkv = random(tokens, (heads + 2 * kv_heads) * size)
+    cos, sin = (random(capacity, size // 2, seed=s).repeat(1, 2) for s in (1, 2))
+    count = torch.tensor([seen], device=DEVICE)
+    close(
+        *(
+            operations.attend(qkv, cos, sin, count, heads, kv_heads)
+            for operations in (kernels, matrices)
+        )
+    )
+
+
 @pytest.mark.parametrize("bias", [None, 5])
 @pytest.mark.parametrize("delta", [None, "plain", "scaled"])
 def test_norms(bias, delta):

@@ -206,9 +206,9 @@ DAMAGES = {
     ),
     "pickle": (pickled("pytorch_model.bin"), r"weights are pickled \(pytorch_model.bin\)"),
     "other pickle": (pickled("model.pt"), r"weights are pickled \(model.pt\)"),
-    "another kind of policy": (
+    "an empty part": (
         lambda p: (p / "action_head--5000_checkpoint.pt").touch(),
-        "is an OpenVLA-OFT checkpoint",
+        "action_head--5000_checkpoint.pt: not a readable file of tensors",
     ),
     "missing key": (drop(f"{LAYER}.mlp.up_proj.weight"), f"missing: {LAYER}.mlp.up_proj.weight"),
     "missing embedding": (

@@ -22,7 +22,7 @@ STATE_MEAN, STATE_STD = [0.1] * 8, [0.5] * 8
 
 def heads_of_256(**changes):
     """lerobot's configuration tells no head sizes: they are Gemma's and SigLIP's."""
-    config = architecture(((2, 1, 96),) * 2, ((1, 1, 64),) * 2, **changes)
+    config = architecture(((2, 1, 96),) * 2, ((1, 1, 64),) * 2, images=2, **changes)
     tower = replace(config.towers[0], width=72, heads=1)
     return replace(config, towers=(tower,), decoder=replace(config.decoder, head_dim=256))
 
@@ -256,7 +256,7 @@ def test_actions_of_another_robot_are_refused(tmp_path):
 
 def test_engines_that_pi0_has_not(tmp_path):
     write_transformers(tmp_path / "pi0", random_pi0(architecture()))
-    with pytest.raises(UserError, match="its engines are 'eager' and 'graph'"):
+    with pytest.raises(UserError, match="take engine 'eager' or 'graph'"):
         load_policy(tmp_path / "pi0", engine="unrolled")
 
 

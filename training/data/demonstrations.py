@@ -30,7 +30,7 @@ class Episode:
     """One recorded episode of T control steps.
 
     Attributes:
-        images: T frames as PNG files.
+        images: frames as PNG files, T times as many as cameras; a step's are side by side.
         proprioception: (T, P) float32.
         actions: (T, D) float32, what the expert did or would have done.
         grounding: (T, G) float32, where the things are that words can mean, m in the base frame;
@@ -60,9 +60,10 @@ def write_shard(path: Path, episodes: Sequence[Episode]) -> None:
         "actions": np.concatenate([episode.actions for episode in episodes]),
         "grounding": np.concatenate([episode.grounding for episode in episodes]),
     }
-    facts = [{**episode.facts, "steps": len(episode.images)} for episode in episodes]
+    facts = [{**episode.facts, "steps": len(episode.actions)} for episode in episodes]
+    cameras = len(frames) // len(tensors["actions"])
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"episodes": json.dumps(facts)})
+    save_file(tensors, partial, {"episodes": json.dumps(facts), "cameras": str(cameras)})
     partial.replace(path)
 
 
@@ -71,7 +72,7 @@ class Demonstrations:
     """Every step of some episodes, in memory.
 
     Attributes:
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8, or (N, cameras, H, W, 3) where there are several.
         proprioception: (N, P) float32.
         actions: (N, D) float32.
         grounding: (N, G) float32, NaN where it is not known.
@@ -96,11 +97,15 @@ def read(directory: Path) -> Demonstrations:
     """Load every shard of a directory.
 
     Raises:
-        UserError: there is none, or one is damaged.
+        UserError: there is none, one is damaged, or not all hold frames of as many cameras.
     """
     paths = _shards(directory)
     with ThreadPoolExecutor() as pool:
         shards = list(pool.map(_read_shard, paths))
+        if len(counts := sorted({shard.cameras for shard in shards})) > 1:
+            raise UserError(
+                f"{directory}: some shards hold frames of {counts[0]} camera, others of {counts[1]}"
+            )
         # Into one array at once: there is not always room for the images twice.
         ends = np.cumsum([len(shard.pngs) for shard in shards])
         first = _decode_png(shards[0].pngs[0])
@@ -110,7 +115,7 @@ def read(directory: Path) -> Demonstrations:
     instructions = sorted({facts["instruction"] for facts in episodes})
     prompts = [instructions.index(facts["instruction"]) for facts in episodes]
     return Demonstrations(
-        images=images,
+        images=images if counts == [1] else images.reshape(-1, counts[0], *first.shape),
         proprioception=np.concatenate([shard.proprioception for shard in shards]),
         actions=np.concatenate([shard.actions for shard in shards]),
         grounding=np.concatenate([shard.grounding for shard in shards]),
@@ -142,6 +147,7 @@ class _Shard(NamedTuple):
     actions: NDArray[np.float32]
     grounding: NDArray[np.float32]
     facts: list[dict[str, Any]]
+    cameras: int
 
 
 def _read_shard(path: Path) -> _Shard:
@@ -149,12 +155,13 @@ def _read_shard(path: Path) -> _Shard:
     try:
         with safe_open(str(path), framework="np") as file:
             facts = json.loads(file.metadata()["episodes"])
+            cameras = int(file.metadata().get("cameras", 1))
             data, ends, proprioception, actions, grounding = map(file.get_tensor, names)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(
             f"{path}: not a readable shard of demonstrations ({error}); delete it and record again"
         ) from None
-    return _Shard(np.split(data, ends[:-1]), proprioception, actions, grounding, facts)
+    return _Shard(np.split(data, ends[:-1]), proprioception, actions, grounding, facts, cameras)
 
 
 def _decode_into(images: NDArray[np.uint8], shard: _Shard) -> None:

@@ -19,13 +19,14 @@ from training.data.demonstrations import EPISODES_PER_SHARD, Episode, encode_png
 class SftStep(NamedTuple):
     """A control step as a shard holds it."""
 
-    png: bytes
+    pngs: tuple[bytes, ...]
+    """One of each camera."""
     proprioception: NDArray[np.float32]
     action: NDArray[np.float32]
 
 
 class SftEncoder:
-    """Steps as a policy is trained on them: the image as its towers see it, to the last bit."""
+    """Steps as a policy is trained on them: the images as its towers see them, to the last bit."""
 
     def __init__(self, config: BundleConfig) -> None:
         self._processor = Processor(config, None)
@@ -35,7 +36,7 @@ class SftEncoder:
         observation = step.observation
         values = observation.proprioception
         return SftStep(
-            encode_png(self._processor.image(observation)),
+            tuple(map(encode_png, self._processor.images(observation))),
             np.zeros(0, np.float32) if values is None else values.astype(np.float32),
             step.action.astype(np.float32),
         )
@@ -62,6 +63,5 @@ def _episode(rollout: Rollout[SftStep]) -> Episode:
     pngs, proprioception, actions = zip(*rollout.steps, strict=True)
     # No simulator tells where the things are.
     grounding = np.full((len(pngs), 1), np.nan, np.float32)
-    return Episode(
-        list(pngs), np.stack(proprioception), np.stack(actions), grounding, rollout.facts
-    )
+    frames = [png for step in pngs for png in step]
+    return Episode(frames, np.stack(proprioception), np.stack(actions), grounding, rollout.facts)

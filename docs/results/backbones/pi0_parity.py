@@ -50,7 +50,7 @@ def compare(name, model):
         differences.append((model.generate(inputs, start) - expected).abs().max().item())
         moved.append((expected - start).abs().max().item())
         seen.append((Inputs(ids, None, images.to(torch.uint8), state), start[0], expected))
-    engine = Pi0GraphEngine(model, CAMERAS)
+    engine = Pi0GraphEngine(model)
     for raw, start, expected in seen:
         engine._noise = start
         engines.append((engine.chunk(raw) - expected).abs().max().item())
