@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.schema import from_dict, read_json
+from rlrc_ros.schema import read_json
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
     ArchitectureConfig,
@@ -32,11 +32,12 @@ from rlrc_ros.vla.weights import WeightFiles, opened
 
 CONFIG, HF_PROCESSOR = "config.json", "processor_config.json"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-CONTRACT = "contract.json"
-FILES = (CONFIG, HF_PROCESSOR, PREPROCESSOR, POSTPROCESSOR, "tokenizer.json", CONTRACT)
+FILES = (CONFIG, HF_PROCESSOR, PREPROCESSOR, POSTPROCESSOR, "tokenizer.json")
 """What makes a policy of the weights, beside the files of statistics that these name."""
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """Those that pi0 was trained with, where a checkpoint names none."""
+CONTROL_RATE = 20.0
+"""Hz. Neither stores it: this is LIBERO's (arXiv 2306.03310)."""
 TEMPLATE = "{instruction}\n"
 BOS = 2
 HEAD, VISION_HEAD = 256, 72
@@ -87,21 +88,6 @@ def _our_name(stored: str) -> str:
     return stored
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contract:
-    """What neither stores, and a robot has to know: a file of ours, which may be put beside theirs.
-
-    Attributes:
-        joints: what the state's values are, in order; without, they are numbered.
-        gripper: whether the gripper's opening, 0 closed to 1 open, follows the joints.
-        control_rate: Hz; LIBERO's (arXiv 2306.03310) where nothing is said.
-    """
-
-    joints: tuple[str, ...] | None = None
-    gripper: bool = False
-    control_rate: float = 20.0
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory, its weights not loaded.
@@ -132,9 +118,6 @@ def read_checkpoint(directory: Path) -> Checkpoint:
             raise UserError(f"{weights.path}: {name} is {dtype}; expected one of {known}")
     shapes = _Shapes(weights.path, {name: shape for name, (shape, _) in headers.items()}, "pi0")
     state, action, files = _statistics(directory)
-    contract, file = Contract(), directory / CONTRACT
-    if file.is_file():
-        contract = from_dict(Contract, read_json(file), str(file))
     architecture = _architecture(fields, shapes, len(state[0]) if state else 0)
     cameras = _cameras(fields, architecture.towers[0].image_size)
     _, dtype = headers["expert.action_out_proj.weight"]
@@ -143,8 +126,8 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         architecture=replace(architecture, images=len(cameras)),
         action_codec=ActionCodecConfig(q01=low, q99=high, mask=(True,) * len(low)),
         cameras=cameras,
-        proprioception=_proprioception(directory, contract, *state) if state else None,
-        control_rate=contract.control_rate,
+        proprioception=_proprioception(*state) if state else None,
+        control_rate=CONTROL_RATE,
         instruction_template=TEMPLATE,
         dtype=DTYPES[dtype],  # type: ignore[arg-type]
     )
@@ -244,18 +227,10 @@ def _cameras(config: _Fields, size: int) -> tuple[CameraConfig, ...]:
     return tuple(found) or tuple(CameraConfig(name=n, height=size, width=size) for n in CAMERAS)
 
 
-def _proprioception(
-    directory: Path, contract: Contract, mean: tuple[float, ...], std: tuple[float, ...]
-) -> ProprioceptionConfig:
-    joints = contract.joints
-    if joints is None:
-        joints = tuple(f"state_{i}" for i in range(len(mean) - contract.gripper))
-    if (named := len(joints) + contract.gripper) != len(mean):
-        raise UserError(
-            f"{directory / CONTRACT}: names {named} values of the state, the gripper's included, "
-            f"and the policy takes {len(mean)}"
-        )
-    return ProprioceptionConfig(joints=joints, gripper=contract.gripper, mean=mean, std=std)
+def _proprioception(mean: tuple[float, ...], std: tuple[float, ...]) -> ProprioceptionConfig:
+    """What the state's values are, no checkpoint says: they are numbered."""
+    names = tuple(f"state_{i}" for i in range(len(mean)))
+    return ProprioceptionConfig(joints=names, gripper=False, mean=mean, std=std)
 
 
 Pair = tuple[tuple[float, ...], tuple[float, ...]]

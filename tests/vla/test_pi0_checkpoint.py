@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla import Observation, load_policy
 from rlrc_ros.vla.bundle import open_bundle
+from rlrc_ros.vla.conversion import convert
 from rlrc_ros.vla.inspection import inspect
 from rlrc_ros.vla.pi0 import Pi0, start_noise
 from rlrc_ros.vla.pi0_upstream import upstream_config, upstream_model, upstream_name
@@ -159,26 +160,30 @@ def test_it_can_be_inspected(tmp_path):
     counts = {part: sum(p.numel() for p in m.parameters()) for part, m in model.parts.items()}
     assert facts["parameters"] == counts | {"total": sum(counts.values())}
     assert facts["bytes"] == {k: 4 * v for k, v in facts["parameters"].items()}
+    assert facts["chunk"] == 6
     assert facts["expert_layers"] == [{"heads": 1, "kv_heads": 1, "ffn": 64}] * 2
 
 
-def test_a_contract_beside_it_says_what_the_robot_has_to_know(tmp_path):
+def test_converted_it_says_what_the_robot_has_to_know(tmp_path):
     write_lerobot(tmp_path / "pi0", random_pi0(heads_of_256()))
+    word_tokenizer(WORDS).save(str(tmp_path / "pi0" / "tokenizer.json"))
     numbered = open_bundle(tmp_path / "pi0")
     assert numbered.config.proprioception.joints == tuple(f"state_{i}" for i in range(8))
     assert numbered.config.control_rate == 20.0
-    names, file = [f"joint{i}" for i in range(7)], tmp_path / "pi0" / "contract.json"
-    file.write_text(json.dumps({"joints": names, "gripper": True, "control_rate": 15}))
-    named = open_bundle(tmp_path / "pi0")
-    assert named.config.proprioception.joints == tuple(names)
-    assert named.config.proprioception.gripper and named.config.control_rate == 15.0
-    assert named.hash != numbered.hash
-    file.write_text(json.dumps({"joints": names}))
-    with pytest.raises(UserError, match="names 7 values of the state, the gripper's included, and"):
-        open_bundle(tmp_path / "pi0")
-    file.write_text(json.dumps({"joint": names}))
-    with pytest.raises(UserError, match="unknown key 'joint'; did you mean 'joints'"):
-        open_bundle(tmp_path / "pi0")
+    names = [f"joint{i}" for i in range(8)]
+    fields = {"cameras": ["top", "hand"], "joints": names, "control_rate": 15.0}
+    bundle = convert(tmp_path / "pi0", tmp_path / "bundle", **fields)
+    assert bundle.config.proprioception.joints == tuple(names)
+    assert [camera.name for camera in bundle.config.cameras] == ["top", "hand"]
+    assert bundle.config.control_rate == 15.0
+    seen = observation(["top", "hand"])
+    renamed = dict(zip(("front", "wrist"), seen.images.values(), strict=True))
+    expected = load_policy(tmp_path / "pi0").act(replace(seen, images=renamed)).actions
+    np.testing.assert_array_equal(load_policy(bundle.path).act(seen).actions, expected)
+    with pytest.raises(UserError, match="a bundle already"):
+        convert(bundle.path, tmp_path / "again")
+    with pytest.raises(UserError, match="no chunks to choose"):
+        convert(tmp_path / "pi0", tmp_path / "again", chunk=5)
 
 
 def change(path, **values):
