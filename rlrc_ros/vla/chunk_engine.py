@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrc_ros.vla.graph_engine import CapturedEngine, _Slots
+from rlrc_ros.vla.graph_engine import CapturedEngine, Slots
 from rlrc_ros.vla.openvla import Inputs
 from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.quantization import weight_bytes
@@ -45,7 +45,10 @@ class EagerChunkEngine:
 
 
 class GraphChunkEngine(CapturedEngine):
-    """One observation at a time: BOS, context, prompt, places, stop token, padding nobody sees."""
+    """One observation at a time: BOS, context, prompt, places, stop token, padding nobody sees.
+
+    Takes what `CapturedEngine` takes.
+    """
 
     def __init__(self, model: OpenVLAOFT, *arguments: Any, **options: Any) -> None:
         head = model.config.action_head
@@ -67,16 +70,20 @@ class GraphChunkEngine(CapturedEngine):
         tokens = self._context + length + self._tokens + 1
         return -(-tokens // ALIGNMENT) * ALIGNMENT
 
+    def _cache(self, *_: Any) -> Tensor:
+        """Keys and values are used once, where they are."""
+        return self._norm.new_empty(0)
+
     def _text(self, length: int) -> int:
         return self._needed(length) - self._context
 
-    def _words(self, slots: _Slots) -> Tensor:
+    def _words(self, slots: Slots) -> Tensor:
         """The prompt, zeros where the actions are to be, and from there on the stop token."""
         text = super()._words(slots)
         place = torch.arange(len(text), device=self._device) - (slots.last - self._context + 1)
         return text * ((place < 0) | (place >= self._tokens))[:, None]
 
-    def _act(self, slots: _Slots) -> Tensor:
+    def _act(self, slots: Slots) -> Tensor:
         """The chunk, (chunk · dimensions,) float32."""
         x, seen = self._embed(slots), slots.last + self._tokens + 2
         for layer in self._layers[:-1]:

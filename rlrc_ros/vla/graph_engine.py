@@ -173,7 +173,7 @@ class _Layer:
 
 
 @dataclass
-class _Slots:
+class Slots:
     """Where an action's inputs are put, for one length of prompt."""
 
     images: Tensor
@@ -238,7 +238,7 @@ class CapturedEngine:
         self._images = (config.images, *(config.towers[0].image_size,) * 2, 3)
         self._on_gpu = self._device.type == "cuda"
         self._lengths = sorted(lengths) if self._on_gpu else []
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Slots, Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Slots, Tensor]] = {}
         self._streams = (
             [torch.cuda.Stream(self._device) for _ in self._towers[1:]] if self._on_gpu else []
         )
@@ -265,13 +265,14 @@ class CapturedEngine:
     def _allocate(self, length: int) -> None:
         """Room for a prompt of `length` tokens."""
         capacity = self._capacity = self._needed(length)
-        self._caches = [
-            self._norm.new_zeros(2, layer.kv_heads, capacity, layer.head_dim)
-            for layer in self._layers
-        ]
+        self._caches = [self._cache(layer, capacity) for layer in self._layers]
         positions = torch.arange(capacity, device=self._device)[None]
         cos, sin = self._rotary(self._norm.float(), positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+
+    def _cache(self, layer: _Layer, capacity: int) -> Tensor:
+        """Room for a layer's keys and values."""
+        return self._norm.new_zeros(2, layer.kv_heads, capacity, layer.head_dim)
 
     def prepare(self) -> float:
         """Capture every graph, so that no robot waits for one.
@@ -323,19 +324,19 @@ class CapturedEngine:
         parts["llm"] += sum(layer.nbytes for layer in self._layers)
         return parts
 
-    def _slots(self, length: int) -> _Slots:
+    def _slots(self, length: int) -> Slots:
         proprioception = None
         if self._model.proprio_projector is not None:
             width = self._model.config.proprioception
             proprioception = self._norm.new_zeros(1, width)
-        return _Slots(
+        return Slots(
             torch.zeros(self._images, dtype=torch.uint8, device=self._device),
             torch.zeros(self._text(length), dtype=torch.long, device=self._device),
             torch.zeros(1, dtype=torch.long, device=self._device),
             proprioception,
         )
 
-    def _fill(self, slots: _Slots, inputs: Inputs) -> None:
+    def _fill(self, slots: Slots, inputs: Inputs) -> None:
         ids = inputs.input_ids[0]
         images = inputs.pixel_values.reshape(slots.images.shape)
         slots.images.copy_(self._ready(images), non_blocking=True)
@@ -370,7 +371,7 @@ class CapturedEngine:
                 out = self._act(slots)
         self._graphs[length] = (graph, slots, out)
 
-    def _beyond(self, slots: _Slots, length: int) -> Tensor:
+    def _beyond(self, slots: Slots, length: int) -> Tensor:
         """Without a graph; where the prompt has no room, in other places for this once."""
         if self._needed(length) <= self._capacity:
             return self._act(slots)
@@ -382,11 +383,11 @@ class CapturedEngine:
             if self._graphs:
                 self._capacity, self._caches, self._cos, self._sin = kept
 
-    def _act(self, slots: _Slots) -> Tensor:
+    def _act(self, slots: Slots) -> Tensor:
         """Everything between the inputs and the numbers that go back to the host."""
         raise NotImplementedError
 
-    def _embed(self, slots: _Slots) -> Tensor:
+    def _embed(self, slots: Slots) -> Tensor:
         """The decoder's input, (T, hidden)."""
         text = self._words(slots)
         pixels = slots.images.permute(0, 3, 1, 2).float() / 255
@@ -397,7 +398,7 @@ class CapturedEngine:
             context.append(self._model.proprio_projector(slots.proprioception))
         return torch.cat([text[:1], *context, text[1:]])
 
-    def _words(self, slots: _Slots) -> Tensor:
+    def _words(self, slots: Slots) -> Tensor:
         """The embeddings of what is looked up, (tokens, hidden)."""
         return self._embedding.index_select(0, slots.ids)
 
@@ -418,7 +419,7 @@ class CapturedEngine:
 
 
 class GraphEngine(CapturedEngine):
-    """Action tokens, one after another."""
+    """Action tokens, one after another; takes what `CapturedEngine` takes."""
 
     def __init__(self, model: OpenVLA, *arguments: Any, **options: Any) -> None:
         first = model.first_action_id
@@ -446,7 +447,7 @@ class GraphEngine(CapturedEngine):
         parts = super().weight_bytes()
         return parts | {"llm": parts["llm"] + self._head.nbytes}
 
-    def _act(self, slots: _Slots) -> Tensor:
+    def _act(self, slots: Slots) -> Tensor:
         """Bins, then 1 if the state behind them is finite, else 0: (action_tokens + 1,) int64."""
         x = self._embed(slots)
         for i, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):

@@ -104,22 +104,17 @@ def architecture(
     }
 
 
-def proprioception(
-    sets: dict[str, Any], file: Path, length: int
-) -> dict[str, ProprioceptionConfig]:
-    """How proprioception is scaled, by data set: its quantiles to ± 1, and clipped there.
+def proprioception(statistics: Any, where: str, length: int) -> ProprioceptionConfig:
+    """How a data set scales proprioception: its quantiles to ± 1, and clipped there.
+
+    Args:
+        statistics: of the data set.
+        where: they stand.
+        length: of the policy's proprioception.
 
     Raises:
-        UserError: a data set has no such statistics, or not of this length.
+        UserError: there are no such statistics, or not of this length.
     """
-    return {
-        name: _scale(sets[name], f"{file}: norm_stats of '{name}'", length)
-        for name in sets
-        if length
-    }
-
-
-def _scale(statistics: Any, where: str, length: int) -> ProprioceptionConfig:
     found = statistics.get("proprio") if isinstance(statistics, dict) else None
     if not isinstance(found, dict):
         raise UserError(f"{where}: has no 'proprio', and the policy takes {length} such values")

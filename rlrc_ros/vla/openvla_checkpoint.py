@@ -9,7 +9,7 @@ beside that is read by `rlrc_ros.vla.oft_checkpoint`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from rlrc_ros.vla.config import (
     CameraConfig,
     DecoderConfig,
     LayerWidths,
-    ProprioceptionConfig,
     TowerConfig,
 )
 from rlrc_ros.vla.weights import WeightFiles
@@ -68,7 +67,7 @@ class Checkpoint:
         architecture: the module tree.
         statistics: how actions are scaled, by data set (upstream's `unnorm_key`).
         dtype: of the stored tensors.
-        proprioception: how that is scaled, by data set; empty where the policy takes none.
+        norm_stats: the statistics as they stand, and the file that they stand in.
     """
 
     path: Path
@@ -76,7 +75,7 @@ class Checkpoint:
     architecture: ArchitectureConfig
     statistics: dict[str, ActionCodecConfig]
     dtype: str
-    proprioception: dict[str, ProprioceptionConfig] = field(default_factory=dict)
+    norm_stats: tuple[dict[str, Any], Path]
 
     def bundle_config(self, unnorm_key: str | None) -> BundleConfig:
         """As a bundle's `config.json` would say it.
@@ -84,7 +83,7 @@ class Checkpoint:
         Where there are several sets of statistics and none is chosen, actions stay in [-1, 1].
 
         Raises:
-            UserError: there are no statistics of that name.
+            UserError: there are no statistics of that name, or not those that the policy takes.
         """
         if unnorm_key is None and len(self.statistics) == 1:
             (unnorm_key,) = self.statistics
@@ -102,10 +101,13 @@ class Checkpoint:
             )
         size = self.architecture.towers[0].image_size
         cameras = (CAMERA, *oft_checkpoint.MORE_CAMERAS)[: self.architecture.images]
-        proprioception = None
-        if self.architecture.proprioception:
-            proprioception = self.proprioception.get(
-                unnorm_key or "", oft_checkpoint.unscaled(self.architecture.proprioception)
+        proprioception, (sets, file) = None, self.norm_stats
+        if length := self.architecture.proprioception:
+            where = f"{file}: norm_stats of '{unnorm_key}'"
+            proprioception = (
+                oft_checkpoint.unscaled(length)
+                if unnorm_key is None
+                else oft_checkpoint.proprioception(sets[unnorm_key], where, length)
             )
         return BundleConfig(
             architecture=self.architecture,
@@ -139,15 +141,9 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         towers=towers, decoder=decoder, **oft_checkpoint.architecture(weights, towers, decoder)
     )
     _, dtype = headers["language_model.model.embed_tokens.weight"]
-    sets, file = _norm_stats(directory, config)
-    return Checkpoint(
-        directory,
-        weights,
-        architecture,
-        _statistics(sets, file, config),
-        DTYPES[dtype],
-        oft_checkpoint.proprioception(sets, file, architecture.proprioception),
-    )
+    norm_stats = _norm_stats(directory, config)
+    codecs = _statistics(*norm_stats, config)
+    return Checkpoint(directory, weights, architecture, codecs, DTYPES[dtype], norm_stats)
 
 
 class _Fields:

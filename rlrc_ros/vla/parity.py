@@ -66,6 +66,10 @@ def parity(directory: str | Path) -> dict[str, Any]:
     if not is_checkpoint(bundle.path):
         raise UserError(f"{bundle.path}: is a bundle; parity compares OpenVLA checkpoints")
     checkpoint = read_checkpoint(bundle.path)
+    if checkpoint.architecture.action_head is not None:
+        raise UserError(
+            f"{bundle.path}: is an OpenVLA-OFT checkpoint, and parity compares action tokens"
+        )
     cases = _cases(checkpoint)
     codecs = {
         key: ActionCodec(checkpoint.bundle_config(key).action_codec)

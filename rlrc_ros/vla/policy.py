@@ -274,8 +274,8 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `unrolled` on a CPU, else `eager`; `graph` has yet to be run on a GPU.
-            Where actions come in chunks, `auto` is `eager`, and there is `graph`.
+        engine: `auto` takes `unrolled` on a CPU, else and for chunks `eager`; `graph` has yet to be
+            run on a GPU.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where

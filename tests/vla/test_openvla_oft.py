@@ -18,6 +18,7 @@ from rlrc_ros.vla.config import QuantizationConfig
 from rlrc_ros.vla.conversion import convert
 from rlrc_ros.vla.inspection import inspect
 from rlrc_ros.vla.openvla import Inputs
+from rlrc_ros.vla.parity import parity
 from rlrc_ros.vla.policy import load_model
 from rlrc_ros.vla.processor import Processor, center_crop, word_tokenizer
 from tests.vla import oft_upstream
@@ -198,6 +199,8 @@ def test_what_decodes_tokens_is_refused(checkpoint):
     for engine in ("unrolled", "openvino"):
         with pytest.raises(UserError, match=f"the {engine} engine cannot; take engine 'eager' or"):
             load_policy(checkpoint, unnorm_key=KEY, engine=engine)
+    with pytest.raises(UserError, match="is an OpenVLA-OFT checkpoint, and parity compares action"):
+        parity(checkpoint)
     with pytest.raises(UserError, match="chunks of continuous actions"):
         load_model(open_bundle(checkpoint)).generate(None)
 
@@ -296,7 +299,7 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, damage, message
     damaged = shutil.copytree(checkpoint, tmp_path / "oft")
     damage(damaged)
     with pytest.raises(UserError, match=message) as refusal:
-        load_policy(damaged)
+        load_policy(damaged, unnorm_key=KEY)
     assert "\n" not in str(refusal.value) and str(damaged) in str(refusal.value)
     assert not (damaged / "ran").exists()
     with pytest.raises(UserError):
