@@ -146,6 +146,17 @@ def test_what_is_there_for_tokens_only(short, tmp_path, changes):
         flow.run(config, policy, batches_of(policy, short), seed=0, device=CPU, work=tmp_path)
 
 
+def test_frames_of_several_cameras(short):
+    policy = trainable()
+    config = pi0_config(CAMERAS)
+    policy.model, policy.config = random_pi0(config.architecture), config
+    short.images = np.stack([short.images, 255 - short.images, 0 * short.images], 1)
+    batch = batches_of(policy, short).sample(5, shift=2)
+    pixels = batch.inputs.pixel_values
+    assert pixels.shape == (5, 3, 3, 32, 32) and (pixels[:, 2] == -1).all()
+    assert flow_loss(policy.model, batch).isfinite()
+
+
 def test_demonstrations_that_do_not_fit(short, demonstrations):
     policy = trainable()
     short.images = short.images[:, :16]
