@@ -398,7 +398,8 @@ class Pi0GraphEngine:
         slots.ids.copy_(self._ready(padded), non_blocking=True)
         slots.count.fill_(len(ids))
         if inputs.proprioception is not None:
-            slots.state[:, : inputs.proprioception.shape[1]].copy_(inputs.proprioception)
+            state = slots.state[:, : inputs.proprioception.shape[1]]
+            state.copy_(self._ready(inputs.proprioception), non_blocking=True)
 
     def _ready(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._on_gpu else tensor
