@@ -345,7 +345,8 @@ class CapturedEngine:
         slots.last.fill_(len(ids) + self._context - 1)
         if slots.proprioception is not None:
             assert inputs.proprioception is not None
-            slots.proprioception.copy_(inputs.proprioception)
+            values = inputs.proprioception.to(self._norm.dtype)
+            slots.proprioception.copy_(self._ready(values), non_blocking=True)
 
     def _ready(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._on_gpu else tensor

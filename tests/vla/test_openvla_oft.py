@@ -322,6 +322,15 @@ def test_what_does_not_fit_is_not_converted(checkpoint, tmp_path, asked, message
     assert not list(tmp_path.iterdir())
 
 
+def test_an_instruction_longer_than_the_context(checkpoint):
+    processor = load_policy(checkpoint, unnorm_key=KEY).processor
+    processor._tokenizer = word_tokenizer(["red"])
+    processor._unknown = None
+    room = 2048 - 2 * 16 - 1 - 57  # two images of 16 patches, proprioception, places and stop
+    with pytest.raises(UserError, match=rf"takes 30.. tokens, and .* has room for {room}"):
+        processor.token_ids("red " * 3000)
+
+
 def test_a_missing_camera_is_named(checkpoint):
     policy = load_policy(checkpoint, unnorm_key=KEY)
     policy.processor.token_ids = lambda _: [1, 29871]
