@@ -152,7 +152,7 @@ def _architecture(config: _Fields, shapes: _Shapes, proprioception: int) -> Arch
         max_positions=text("max_position_embeddings", int, 8192),
         bos_token_id=BOS,
     )
-    width, actions = shapes("expert.action_in_proj.weight", 2)
+    actions, width = shapes("expert.action_out_proj.weight", 2)
     flow = ExpertConfig(
         hidden_size=width,
         layers=_layers("expert.model", head, shapes),

@@ -216,6 +216,10 @@ BROKEN = {
         lambda path: drop(path / "model.safetensors", "model.action_out_proj.bias"),
         "missing: expert.action_out_proj.bias",
     ),
+    "no way out of the expert": (
+        lambda path: drop(path / "model.safetensors", "model.action_out_proj.weight"),
+        "has no tensor expert.action_out_proj.weight, which every pi0 has",
+    ),
     "no expert": (
         lambda path: drop(path / "model.safetensors", "model.state_proj.weight"),
         "has no tensor expert.state_proj.weight, which every pi0 has",
