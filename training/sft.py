@@ -252,10 +252,8 @@ def sft_losses(model: OpenVLA, head: GroundingHead, batch: Batch, config: SftCon
     if isinstance(model, OpenVLAOFT):
         assert batch.chunk is not None
         states = model.action_states(batch.inputs)
-        chunk, grounding = (
-            model.action_head(states).float(),
-            head.loss(states[:, 0], batch.grounding),
-        )
+        chunk = model.action_head(states).float()
+        grounding = head.loss(states[:, 0], batch.grounding)
         ours, theirs = (
             ((x.clamp(-1, 1) + 1) / 2 * (model.n_bins - 1)).floor() for x in (chunk, batch.chunk)
         )

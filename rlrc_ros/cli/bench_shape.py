@@ -361,11 +361,8 @@ def _timed(contestant: Contestant, images: NDArray[np.uint8], device: torch.devi
     _synchronize(device)
     start = time.perf_counter()
     numbers = _numbers(contestant, _inputs(contestant, images, device))
-    _ = (
-        codec.unscale(numbers)
-        if isinstance(contestant.engine, ChunkEngine)
-        else codec.decode(numbers)
-    )
+    decode = codec.unscale if isinstance(contestant.engine, ChunkEngine) else codec.decode
+    decode(numbers)
     return (time.perf_counter() - start) * 1e3
 
 

@@ -87,9 +87,8 @@ def architecture(
             f"{file}: gives {' × '.join(map(str, outputs))} numbers an action, and this program "
             f"commands one arm with {ARM_DIMENSIONS}"
         )
-    blocks = {
-        name.split(".")[3] for name in head if name.startswith("action_head.model.mlp_resnet_bloc")
-    }
+    prefix = "action_head.model.mlp_resnet_blocks."
+    blocks = {name.split(".")[3] for name in head if name.startswith(prefix)}
     joints = shapes.get("proprio_projector.fc1.weight", (decoder.hidden_size, 0))
     if len(joints) != 2:
         file = weights.files["proprio_projector.fc1.weight"]

@@ -269,6 +269,10 @@ DAMAGES = {
         repickle(HEAD, lambda c: c.pop(f"{FC2}.weight") is None),
         "missing: action_head.model.fc2.weight",
     ),
+    "a tensor where blocks belong": (
+        repickle(HEAD, lambda c: c.update({"model.mlp_resnet_blocks": torch.ones(1)})),
+        "unknown: action_head.model.mlp_resnet_blocks",
+    ),
     "an extra tensor": (
         repickle(HEAD, lambda c: c.update({"module.more": torch.ones(1)})),
         "unknown: action_head.more",
