@@ -28,8 +28,7 @@ from rlrc_ros.vla.config import (
     DecoderConfig,
     ProprioceptionConfig,
 )
-from rlrc_ros.vla.openvla import OpenVLA
-from rlrc_ros.vla.policy import build_model, load_model
+from rlrc_ros.vla.policy import build_model, load_model, load_openvla, processor_of
 from rlrc_ros.vla.processor import Processor, word_tokenizer
 from training.config import ModelConfig
 
@@ -41,14 +40,14 @@ class Trainable:
     """A policy in float32 on a device, and what belongs to it.
 
     Attributes:
-        model: its module.
+        model: its module: an OpenVLA, or where the stage can take one a Pi0.
         config: what its bundle's `config.json` says; the model's own `config` rules where they
             differ.
         tokenizer: its tokenizer.
         parent: the bundle it was loaded from, if any.
     """
 
-    model: OpenVLA
+    model: Any
     config: BundleConfig
     tokenizer: Tokenizer
     parent: Bundle | None
@@ -56,7 +55,7 @@ class Trainable:
     @property
     def processor(self) -> Processor:
         """Its preprocessing."""
-        return Processor(self.config, self.tokenizer)
+        return processor_of(self.config, self.tokenizer)
 
     @property
     def codec(self) -> ActionCodec:
@@ -87,17 +86,20 @@ def _machine() -> str:
     )
 
 
-def load_trainable(policy: str | Path, device: torch.device) -> Trainable:
+def load_trainable(policy: str | Path, device: torch.device, pi0: bool = False) -> Trainable:
     """Load a bundle to train it further.
 
+    pi0: whether the stage can take such a policy.
+
     Raises:
-        UserError: it is damaged, or quantized: such weights have no gradients.
+        UserError: it is damaged, or quantized: such weights have no gradients; or it is pi0.
     """
     bundle = open_bundle(policy)
     bundle.require_action_scale()
     if bundle.config.quantization:
         raise UserError(f"{bundle.path}: is quantized; train its parent instead, and quantize last")
-    return Trainable(load_model(bundle, device), bundle.config, bundle.tokenizer(), bundle)
+    model = (load_model if pi0 else load_openvla)(bundle, device)
+    return Trainable(model, bundle.config, bundle.tokenizer(), bundle)
 
 
 def new_trainable(

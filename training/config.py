@@ -205,6 +205,8 @@ class PruneConfig:
     """
     calibration_batch: int | None = None
     """Demonstration steps at a time in calibration (default 64); fewer take less memory."""
+    part: Literal["llm", "expert"] | None = None
+    """Of a pi0 policy: its language model (the default), or its action expert."""
 
     def __post_init__(self) -> None:
         targets = [name for name in PRUNE_TARGETS if getattr(self, name) is not None]

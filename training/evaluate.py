@@ -167,13 +167,13 @@ def _episode(seed: int) -> EpisodeResult:
 
 def _on_gpu(task: Evaluation, seeds: list[int], workers: int | None) -> Iterator[EpisodeResult]:
     from rlrc_ros.vla.action_codec import ActionCodec
-    from rlrc_ros.vla.policy import load_model
+    from rlrc_ros.vla.policy import load_openvla
     from rlrc_ros.vla.processor import Processor
 
     device = pick_device("cuda")
     bundle = open_bundle(task.policy)
     actor = Actor(
-        load_model(bundle, device),
+        load_openvla(bundle, device),
         Processor(bundle.config, bundle.tokenizer()),
         ActionCodec(bundle.config.action_codec),
         device,

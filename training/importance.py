@@ -54,9 +54,9 @@ def decoder_linears(model: OpenVLA) -> list[nn.Linear]:
 
 @contextlib.contextmanager
 def measuring(
-    model: OpenVLA, batches: DemonstrationBatches, config: PruneConfig
+    model: OpenVLA, batches: DemonstrationBatches | None, config: PruneConfig
 ) -> Iterator[Measure]:
-    """A measure of weights, calibrated on demonstrations where it takes them.
+    """A measure of weights, calibrated on demonstrations where it takes them; else without any.
 
     Memory: `taylor` holds one gradient for every weight of the decoder's layers, and none for the
     rest of the model, until the context ends; `activation` runs forward only and holds one number
@@ -66,6 +66,7 @@ def measuring(
     count = max(1, config.calibration_samples // size)
 
     def drawn() -> Iterator[Batch]:
+        assert batches is not None
         for _ in tqdm(range(count), f"calibration ({config.importance})", unit="batch"):
             yield batches.sample(size)
 

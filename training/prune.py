@@ -53,7 +53,7 @@ class LayerCut:
     channels: tuple[int, ...] = ()
 
 
-def prune(model: OpenVLA, batches: DemonstrationBatches, config: PruneConfig) -> Plan:
+def prune(model: OpenVLA, batches: DemonstrationBatches | None, config: PruneConfig) -> Plan:
     """Prune in place.
 
     Raises:
@@ -71,7 +71,7 @@ def prune(model: OpenVLA, batches: DemonstrationBatches, config: PruneConfig) ->
             scores = [every[i] for i in chosen.layers]
     cuts = [choose(score, width) for score, width in zip(scores, chosen.widths, strict=True)]
     cut(model, chosen.layers, cuts)
-    _refuse_other_widths(layer_widths(model.language_model), chosen.widths)
+    refuse_other_widths(layer_widths(model.language_model), chosen.widths)
     return chosen
 
 
@@ -120,7 +120,7 @@ def cut(model: OpenVLA, layers: Sequence[int], cuts: Sequence[LayerCut]) -> None
         )
     pairs = zip(decoder.layers, cuts, strict=True)
     for layer, chosen in tqdm(pairs, "pruning", total=len(cuts), unit="layer"):
-        _cut_heads(layer.self_attn, chosen)
+        cut_heads(layer.self_attn, chosen)
         gate = layer.mlp.gate_proj
         if chosen.channels:
             drop = list(chosen.channels)
@@ -130,7 +130,7 @@ def cut(model: OpenVLA, layers: Sequence[int], cuts: Sequence[LayerCut]) -> None
     model.config = replace(model.config, decoder=replace(model.config.decoder, layers=widths))
 
 
-def _cut_heads(attention: Any, chosen: LayerCut) -> None:
+def cut_heads(attention: Any, chosen: LayerCut) -> None:
     """Cut key-value heads, each with the query heads that share it, or query heads alone.
 
     torch-pruning's own graph couples these correctly with one query head to a key-value head (a
@@ -151,7 +151,7 @@ def _cut_heads(attention: Any, chosen: LayerCut) -> None:
     attention.num_key_value_groups = q.out_features // k.out_features
 
 
-def _refuse_other_widths(found: Sequence[LayerWidths], planned: Sequence[LayerWidths]) -> None:
+def refuse_other_widths(found: Sequence[LayerWidths], planned: Sequence[LayerWidths]) -> None:
     """Catch a cut that did nothing: with grouped queries torch-pruning's own pruner leaves heads.
 
     Raises:
@@ -192,11 +192,16 @@ def facts_of(plan: Plan, config: PruneConfig, before: DecoderConfig) -> dict[str
 def run(
     config: PruneConfig,
     trainable: Trainable,
-    batches: DemonstrationBatches,
+    batches: DemonstrationBatches | None,
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """Prune, calibrated on demonstrations; returns the stage's facts."""
+    """Prune, calibrated on demonstrations where the importance takes them.
+
+    Returns the stage's facts.
+    """
+    if config.part is not None:
+        raise UserError("prune: 'part' is for pi0 policies, and this is none; leave it out")
     seed_everything(seed)
     before = trainable.model.config.decoder
     chosen = prune(trainable.model, batches, config)

@@ -4,7 +4,8 @@
     rlrc sft CONFIG --demonstrations DIR --out BUNDLE --policy PRUNED     recover one
 
 Cross-entropy on the action's tokens, as OpenVLA is trained; for a policy that gives chunks the L1
-distance of the actions, as OpenVLA-OFT is. On the way the policy may act itself
+distance of the actions, as OpenVLA-OFT is; for pi0 the loss of its flow, see `training.flow`. On
+the way the policy may act itself
 while the scripted expert says what it would have done (DAgger); those episodes join the
 demonstrations.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ class Batch:
 class DemonstrationBatches:
     """Random batches of demonstration steps, kept on the device."""
 
+    CHECKED = ("images", "proprioception", "bins")
+    """What must have the same shape in all demonstrations."""
+
     def __init__(self, processor: Processor, codec: ActionCodec, device: torch.device) -> None:
         self._processor, self._codec, self._device = processor, codec, device
         self._instructions: dict[str, int] = {}
@@ -100,20 +104,8 @@ class DemonstrationBatches:
         for text in data.instructions:
             self._instructions.setdefault(text, len(self._instructions))
         numbers = np.array([self._instructions[text] for text in data.instructions])
-        arrays: dict[str, NDArray[Any]] = {
-            "images": data.images,
-            "proprioception": data.proprioception,
-            "bins": self._codec.encode(data.actions.astype(np.float64)),
-            "grounding": data.grounding,
-            "prompts": numbers[data.prompts],
-        }
-        if self._head is not None:
-            scaled = self._codec.scale(data.actions.astype(np.float64)).clip(-1.0, 1.0)
-            steps = [facts["steps"] for facts in data.episodes]
-            before = len(self._steps["ends"]) if self._steps else 0
-            arrays["actions"] = scaled.astype(np.float32)
-            arrays["ends"] = before + np.repeat(np.cumsum(steps) - 1, steps)
-        for name in ("images", "proprioception", "bins") if self._steps else ():
+        arrays = self._arrays(data) | {"prompts": numbers[data.prompts]}
+        for name in self.CHECKED if self._steps else ():
             here, there = tuple(self._steps[name].shape[1:]), arrays[name].shape[1:]
             if here != there:
                 raise UserError(
@@ -133,12 +125,31 @@ class DemonstrationBatches:
 
     def __len__(self) -> int:
         """How many steps there are."""
-        return len(self._steps["bins"])
+        return len(self._steps["prompts"])
 
     @property
     def one_length(self) -> bool:
         """Whether all prompts have the same length, so that no batch has a mask."""
         return self._mask is None
+
+    def _arrays(self, data: Demonstrations) -> dict[str, NDArray[Any]]:
+        """What is kept of each step, apart from its prompt."""
+        arrays: dict[str, NDArray[Any]] = {
+            "images": data.images,
+            "proprioception": data.proprioception,
+            "bins": self._codec.encode(data.actions.astype(np.float64)),
+            "grounding": data.grounding,
+        }
+        if self._head is not None:
+            scaled = self._codec.scale(data.actions.astype(np.float64)).clip(-1.0, 1.0)
+            arrays |= {"actions": scaled.astype(np.float32), "ends": self._ends(data)}
+        return arrays
+
+    def _ends(self, data: Demonstrations) -> NDArray[np.int64]:
+        """The place of the last step of each step's episode, among all steps."""
+        steps = [facts["steps"] for facts in data.episodes]
+        before = len(self._steps["ends"]) if self._steps else 0
+        return before + np.repeat(np.cumsum(steps) - 1, steps)
 
     @property
     def grounding_size(self) -> int:
@@ -154,8 +165,13 @@ class DemonstrationBatches:
         # Drawn on the device: a copy to it would wait for everything before.
         steps = self._steps
         rows = torch.randint(len(self), (size,), device=self._device)
-        prompts = steps["prompts"][rows]
-        images = steps["images"][rows].flatten(0, -4)  # of several cameras one after the other
+        inputs = self._inputs(rows, self._pixels(rows, brightness, shift))
+        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows], self._chunks(rows))
+
+    def _pixels(self, rows: Tensor, brightness: float, shift: int) -> Tensor:
+        """The steps' images, normalised, changed at random; (B · images, C, H, W)."""
+        # Of several cameras one after the other.
+        images = self._steps["images"][rows].flatten(0, -4)
         if shift:
             by = torch.randint(-shift, shift + 1, (2, len(images)), device=self._device)
             images = shifted(images, by)
@@ -165,15 +181,22 @@ class DemonstrationBatches:
             gain, contrast = 1 + brightness * change
             mean = pixels.mean((2, 3), keepdim=True)
             pixels = mean * gain + (pixels - mean) * contrast
-        inputs = Inputs(
+        return pixels
+
+    def _inputs(self, rows: Tensor, pixels: Tensor) -> Inputs:
+        prompts = self._steps["prompts"][rows]
+        return Inputs(
             self._ids[prompts],
             None if self._mask is None else self._mask[prompts],
-            pixels.reshape(size, -1, *pixels.shape[2:]),
-            self._processor.normalise_proprioception(steps["proprioception"][rows])
+            self._arranged(pixels, len(rows)),
+            self._processor.normalise_proprioception(self._steps["proprioception"][rows])
             if self._processor.config.proprioception
             else None,
         )
-        return Batch(inputs, steps["bins"][rows], steps["grounding"][rows], self._chunks(rows))
+
+    def _arranged(self, pixels: Tensor, size: int) -> Tensor:
+        """(B · images, C, H, W) -> as `Inputs.pixel_values` has it."""
+        return pixels.reshape(size, -1, *pixels.shape[2:])
 
     def _chunks(self, rows: Tensor) -> Tensor | None:
         if self._head is None:
@@ -330,9 +353,13 @@ class Trainer:
         UserError: the configuration distils, and there is no teacher.
     """
 
+    LOGGED: tuple[str, ...] = ("loss", "token_accuracy", "grounding_loss")
+    CAPTURES = True
+    """Whether a step can be a CUDA graph: all that it draws and decides, it does on the device."""
+
     def __init__(
         self,
-        model: OpenVLA,
+        model: Any,
         batches: DemonstrationBatches,
         config: SftConfig,
         device: torch.device,
@@ -343,7 +370,8 @@ class Trainer:
         if config.distillation and teacher is None:
             raise UserError("sft: 'distillation' needs a teacher; name its bundle with --teacher")
         self._teacher = teacher if config.distillation else None
-        model.vision_backbone.requires_grad_(not config.freeze_vision)
+        if config.freeze_vision:
+            model.vision_backbone.requires_grad_(False)
         self._model, self._batches, self._config, self._device = model, batches, config, device
         self._work, self._collect = work, correct
         if isinstance(model, OpenVLAOFT):
@@ -352,9 +380,7 @@ class Trainer:
                     raise UserError(
                         f"sft: {name} is about tokens, and the policy gives chunks; leave it"
                     )
-        self._head = GroundingHead(
-            model.config.decoder.hidden_size, batches.grounding_size, device=device
-        )
+        self._head: nn.Module = self._new_head()
         self._learnt = nn.ModuleDict({"model": model, "head": self._head})
         on_gpu = device.type == "cuda"
         # Tensors, so that a captured step sees what they are by then.
@@ -369,24 +395,52 @@ class Trainer:
             fused=on_gpu,
             capturable=on_gpu,
         )
-        self._captured = CapturedStep(self._step_on_batch) if on_gpu else None
+        self._captured = CapturedStep(self._step_on_batch) if on_gpu and self.CAPTURES else None
         self._current = model.state_dict()
         self._average = {name: value.clone() for name, value in self._current.items()}
         self._step = 0
-        self._sums, self._metrics = torch.zeros(3, device=device), dict[str, float]()
+        self._sums = torch.zeros(len(self.LOGGED), device=device)
+        self._metrics = dict[str, float]()
         work.mkdir(parents=True, exist_ok=True)
         self._restore()
         self._log = MetricsLog(work / "log.csv", self._step)
+
+    def _new_head(self) -> nn.Module:
+        """What is trained beside the policy, and thrown away."""
+        hidden = self._model.config.decoder.hidden_size
+        return GroundingHead(hidden, self._batches.grounding_size, device=self._device)
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        """What is worth compiling: blocks of which there are many."""
+        policies = (self._model, *([self._teacher] if self._teacher else []))
+        return [
+            block
+            for policy in policies
+            for block in (
+                *policy.vision_backbone.featurizer.blocks,
+                *policy.language_model.model.layers,
+            )
+        ]
+
+    def _losses(self) -> tuple[Tensor, ...]:
+        """Of a new batch, as `LOGGED` names them; the first is minimised."""
+        config = self._config
+        batch = self._batches.sample(config.batch_size, config.brightness, config.shift)
+        with self._autocast():
+            losses = sft_losses(self._model, self._head, batch, config, self._teacher)  # type: ignore[arg-type]
+        return losses.total, losses.token_accuracy, losses.grounding
+
+    def _autocast(self) -> torch.autocast:
+        dtype = compute_dtype(self._device)
+        return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last metrics."""
         config, model, device = self._config, self._model, self._device
         if device.type == "cuda":
             # Layer by layer: the same few kernels serve all, and compiling takes seconds.
-            for policy in (model, *([self._teacher] if self._teacher else [])):
-                tower = policy.vision_backbone.featurizer
-                for block in (*tower.blocks, *policy.language_model.model.layers):
-                    block.compile(dynamic=False)
+            for block in self._blocks():
+                block.compile(dynamic=False)
         every = max(1, config.steps // 100)
         began = time.perf_counter()
         model.train()
@@ -396,8 +450,8 @@ class Trainer:
             self._correct(first)
             self._sums += self._update()
             if (self._step + 1) % every == 0:
-                names = ("loss", "token_accuracy", "grounding_loss")
-                self._metrics = dict(zip(names, (self._sums / every).tolist(), strict=True))
+                means = (self._sums / every).tolist()
+                self._metrics = dict(zip(self.LOGGED, means, strict=True))
                 rate = every * config.batch_size / (time.perf_counter() - began)
                 self._log.write(step=self._step, **self._metrics, samples_per_s=rate)
                 self._sums.zero_()
@@ -409,7 +463,7 @@ class Trainer:
         return self._metrics
 
     def _update(self) -> Tensor:
-        """One step; the losses as they are logged, (3,)."""
+        """One step; the losses, as `LOGGED` names them."""
         config = self._config
         self._set_learning_rate(config.learning_rate * schedule(self._step, config))
         # Early on the average follows faster, or it would remember the initial weights.
@@ -426,13 +480,9 @@ class Trainer:
                 group["lr"] = value
 
     def _step_on_batch(self) -> Tensor:
-        config = self._config
-        batch = self._batches.sample(config.batch_size, config.brightness, config.shift)
-        dtype = compute_dtype(self._device)
-        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
-            losses = sft_losses(self._model, self._head, batch, config, self._teacher)
-        losses.total.backward()
-        nn.utils.clip_grad_norm_(self._learning, config.max_grad_norm)
+        losses = self._losses()
+        losses[0].backward()
+        nn.utils.clip_grad_norm_(self._learning, self._config.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -440,7 +490,7 @@ class Trainer:
             ahead = torch._foreach_sub(list(self._current.values()), averages)
             torch._foreach_mul_(ahead, self._follow)
             torch._foreach_add_(averages, ahead)
-        return torch.stack([losses.total, losses.token_accuracy, losses.grounding]).detach()
+        return torch.stack(losses).detach()
 
     def _correct(self, first: int) -> None:
         """Collect a corrections round if it is due; after a resume, take up the earlier ones."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HELP = "measure latency and memory of policies, interleaved round by round"
 
 ENGINES = ("auto", "eager", "unrolled", "graph", "openvino")
-SHAPES = ("openvla-7b", "openvla-7b-oft")
+SHAPES = ("openvla-7b", "openvla-7b-oft", "pi0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         choices=SHAPES,
-        help="instead of policies: this architecture with random weights, against Hugging Face "
-        "generate, or forward where a chunk comes from one pass",
+        help="instead of policies: this architecture with random weights, against what Hugging "
+        "Face's transformers does",
     )
     parser.add_argument(
         "--variants",
-        default="full,pruned,pruned-nf4,planned,planned-nf4",
-        help="of the shape, separated by commas (default %(default)s)",
+        help="of the shape, separated by commas (default: the most telling ones)",
     )
     parser.add_argument(
         "--engine",
@@ -128,11 +127,12 @@ def main(arguments: argparse.Namespace) -> int:
 def _measure_shape(arguments: argparse.Namespace) -> int:
     import torch
 
-    from rlrc_ros.cli import bench_shape
+    from rlrc_ros.cli import bench_pi0, bench_shape
 
-    variants = arguments.variants.split(",")
-    if unknown := sorted(set(variants) - set(bench_shape.VARIANTS)):
-        known = ", ".join(bench_shape.VARIANTS)
+    bench: Any = bench_pi0 if arguments.shape in bench_pi0.SHAPES else bench_shape
+    variants = (arguments.variants or bench.DEFAULT).split(",")
+    if unknown := sorted(set(variants) - set(bench.VARIANTS)):
+        known = ", ".join(bench.VARIANTS)
         raise UserError(f"there is no variant '{unknown[0]}'; there are: {known}")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     where = machine()
@@ -141,9 +141,9 @@ def _measure_shape(arguments: argparse.Namespace) -> int:
         if arguments.out is not None:
             write_atomically(arguments.out, json.dumps({"machine": where, **facts}) + "\n")
 
-    facts = bench_shape.measure(arguments.shape, variants, arguments.rounds, device, save)
+    facts = bench.measure(arguments.shape, variants, arguments.rounds, device, save)
     brief = [{k: v for k, v in row.items() if k != "times_ms"} for row in facts["variants"]]
-    emit(arguments, {"machine": where, **facts, "variants": brief}, bench_shape.table(facts))
+    emit(arguments, {"machine": where, **facts, "variants": brief}, bench.table(facts))
     return 0
 
 

@@ -101,6 +101,7 @@ SHAPES: dict[str, Callable[[], BundleConfig]] = {
 VARIANTS = ("full", "pruned", "pruned-nf4", "planned", "planned-nf4")
 """`pruned`: 90% of each layer but the first and the last; `planned`: no more bytes than that in as
 few layers as they fill; `-nf4`: every linear layer of towers, projector and decoder in 4 bits."""
+DEFAULT = "full,pruned,pruned-nf4,planned,planned-nf4"
 
 
 def layers_of(variant: str, full: tuple[LayerWidths, ...], decoder: DecoderConfig) -> Any:
@@ -133,7 +134,7 @@ def _parameters(widths: LayerWidths, decoder: DecoderConfig) -> int:
     return decoder.hidden_size * (attention + 3 * widths.ffn)
 
 
-def random_model(config: BundleConfig, device: torch.device, dtype: torch.dtype) -> OpenVLA:
+def random_model(config: BundleConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """The module tree with random weights made on the device; the same for the same sizes."""
     with torch.device("meta"):
         model = build_model(config)

@@ -9,7 +9,7 @@ from rlrc_ros.cli.arguments import whole_number
 from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
 
-HELP = "make a bundle of an OpenVLA or OpenVLA-OFT checkpoint"
+HELP = "make a bundle of an OpenVLA, OpenVLA-OFT or pi0 checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="the robot profile's cameras that it looks through, in order, the third-person view "
-        "first (default: front, and for OpenVLA-OFT wrist too)",
+        "first (default: front, for OpenVLA-OFT wrist too, for pi0 those of the checkpoint)",
     )
     parser.add_argument(
         "--joints",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control-rate",
         type=_hertz,
         metavar="HZ",
-        help="of the data that it was trained on (default 5, BridgeData's)",
+        help="of the data that it was trained on (default 5, BridgeData's; pi0: 20, LIBERO's)",
     )
     parser.add_argument(
         "--chunk",

@@ -31,9 +31,12 @@ def _for_people(facts: dict[str, Any]) -> str:
         lines.append(f"{part:<12}{count:>14,}{facts['bytes'][part] / 1e6:>9.2f} MB")
     method = facts["quantization"] and facts["quantization"]["method"]
     lines.append(f"stored as {facts['dtype']}{f', {method} in part' if method else ''}")
-    lines.append("decoder layers (query heads / kv heads / feed-forward):")
-    for i, layer in enumerate(facts["layers"]):
-        lines.append(f"  {i:>2}  {layer['heads']:>3} /{layer['kv_heads']:>3} /{layer['ffn']:>6}")
+    for name, layers in (("decoder", facts["layers"]), ("expert", facts["expert_layers"] or [])):
+        if layers:
+            lines.append(f"{name} layers (query heads / kv heads / feed-forward):")
+        for i, widths in enumerate(layers):
+            heads = f"{widths['heads']:>3} /{widths['kv_heads']:>3}"
+            lines.append(f"  {i:>2}  {heads} /{widths['ffn']:>6}")
     provenance = facts["provenance"]
     stages = [stage["stage"] for stage in provenance.get("stages", [])]
     lines.append(f"made by: {provenance.get('command', 'unknown')}")

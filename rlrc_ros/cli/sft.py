@@ -21,22 +21,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Train."""
-    return run_stage(arguments, "recovered" if arguments.policy else "original", _stage)
+    name = "recovered" if arguments.policy else "original"
+    return run_stage(arguments, name, _stage, _load if arguments.policy else None)
+
+
+def _load(arguments: argparse.Namespace, _: Any, device: Any) -> Any:
+    from training.bundles import load_trainable
+
+    return load_trainable(arguments.policy, device, pi0=True)
 
 
 def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[str, Any]:
-    from training import sft
+    from training import flow, sft
     from training.bundles import load_trainable
     from training.common import pick_device
 
     device = pick_device(arguments.device)
+    where: dict[str, Any] = {
+        "seed": arguments.seed,
+        "device": device,
+        "work": work_directory(arguments, config, trainable),
+    }
+    if trainable.config.architecture.expert is not None:
+        return flow.run(config.recovery, trainable, batches(arguments, trainable), **where)
     return sft.run(
         config.recovery if arguments.policy else config.sft,
         trainable,
         batches(arguments, trainable),
-        seed=arguments.seed,
-        device=device,
-        work=work_directory(arguments, config, trainable),
+        **where,
         latency=config.demonstrations.latency,
         teacher=load_trainable(arguments.teacher, device).model if arguments.teacher else None,
     )

@@ -20,9 +20,13 @@ Load = Callable[[argparse.Namespace, Any, Any], Any]
 
 
 def add_stage_arguments(
-    parser: argparse.ArgumentParser, *, data: bool = True, policy: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    data: bool = True,
+    policy: bool = True,
+    demonstrations: bool = True,
 ) -> None:
-    """Add the arguments every stage takes."""
+    """Add the arguments every stage takes; `demonstrations`: whether there must be some."""
     parser.add_argument(
         "config",
         help="the pipeline's YAML, of which the stage's section is used: a file, or tabletop or "
@@ -40,7 +44,8 @@ def add_stage_arguments(
             "--demonstrations",
             type=Path,
             nargs="+",
-            required=True,
+            required=demonstrations,
+            default=[],
             metavar="DIR",
             help="directories of shards",
         )
@@ -86,12 +91,16 @@ def run_stage(
 
 
 def batches(arguments: argparse.Namespace, trainable: Any) -> Any:
-    """Everything in the directories given, on the device."""
+    """Everything in the directories given, on the device; for pi0 with chunks of actions."""
     from training.common import pick_device
+    from training.flow import FlowBatches
     from training.sft import DemonstrationBatches
 
-    device = pick_device(arguments.device)
-    found = DemonstrationBatches(trainable.processor, trainable.codec, device)
+    device, expert = pick_device(arguments.device), trainable.config.architecture.expert
+    if expert is None:
+        found = DemonstrationBatches(trainable.processor, trainable.codec, device)
+    else:
+        found = FlowBatches(trainable.processor, trainable.codec, device, expert)
     for directory in arguments.demonstrations:
         found.take(directory)
     return found

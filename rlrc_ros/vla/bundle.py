@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.schema import from_dict, read_json
-from rlrc_ros.vla import oft_checkpoint, openvla_checkpoint
+from rlrc_ros.vla import oft_checkpoint, openvla_checkpoint, pi0_checkpoint
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.weights import WeightFiles
 
@@ -91,6 +92,8 @@ class Bundle:
             UserError: the files cannot be read.
         """
         found = WeightFiles.find(self.path)
+        if self.config.architecture.expert is not None:
+            return pi0_checkpoint.renamed(found)
         bundled = (self.path / SUMS).is_file()
         return found if bundled else oft_checkpoint.with_parts(found, self.path)
 
@@ -120,7 +123,7 @@ def resolve(policy: str | Path) -> Path:
 
 
 def open_bundle(policy: str | Path, unnorm_key: str | None = None) -> Bundle:
-    """Open and verify a bundle, or a checkpoint directory as OpenVLA publishes it.
+    """Open and verify a bundle, or a checkpoint directory as OpenVLA or pi0 is published.
 
     Args:
         policy: a directory, or the short name of a shipped bundle. `DIR#KEY` also says which
@@ -135,8 +138,11 @@ def open_bundle(policy: str | Path, unnorm_key: str | None = None) -> Bundle:
     if unnorm_key is None and not Path(policy).expanduser().is_dir() and "#" in str(policy):
         policy, _, unnorm_key = str(policy).rpartition("#")
     path = resolve(policy)
-    if not (path / SUMS).is_file() and openvla_checkpoint.is_checkpoint(path):
-        return _open_checkpoint(path, unnorm_key)
+    if not (path / SUMS).is_file():
+        if openvla_checkpoint.is_checkpoint(path):
+            return _open_checkpoint(path, unnorm_key)
+        if pi0_checkpoint.is_checkpoint(path):
+            return _open_pi0_checkpoint(path, unnorm_key)
     digest = _verify(path)
     config = from_dict(BundleConfig, read_json(path / "config.json"), str(path / "config.json"))
     if unnorm_key is not None:
@@ -153,15 +159,30 @@ def _open_checkpoint(path: Path, unnorm_key: str | None) -> Bundle:
     checkpoint = openvla_checkpoint.read_checkpoint(path)
     config = checkpoint.bundle_config(unnorm_key)
     parts = [*map(path.joinpath, openvla_checkpoint.FILES), *checkpoint.weights.files.values()]
+    origin = {"parent": None, "stages": [{"stage": "original", "unnorm_key": unnorm_key}]}
+    keys = tuple(checkpoint.statistics)
+    ambiguous = unnorm_key is None and len(keys) > 1
+    return Bundle(path, config, origin, _hash_of(parts), keys if ambiguous else ())
+
+
+def _open_pi0_checkpoint(path: Path, unnorm_key: str | None) -> Bundle:
+    if unnorm_key is not None:
+        raise UserError(
+            f"{path}: is a pi0 checkpoint, whose actions have one scale; leave out '{unnorm_key}'"
+        )
+    checkpoint = pi0_checkpoint.read_checkpoint(path)
+    origin = {"parent": None, "stages": [{"stage": "original"}]}
+    parts = [*checkpoint.files, *checkpoint.weights.files.values()]
+    return Bundle(path, checkpoint.config, origin, _hash_of(parts))
+
+
+def _hash_of(parts: Sequence[Path]) -> str:
+    """Of those of the files that exist, by name, as a bundle's `SHA256SUMS` would list them."""
     files = sorted({file for file in parts if file.is_file()})
     with ThreadPoolExecutor() as pool:
         sums = zip(files, pool.map(sha256, files), strict=True)
         text = "".join(f"{digest}  {file.name}\n" for file, digest in sums)
-    origin = {"parent": None, "stages": [{"stage": "original", "unnorm_key": unnorm_key}]}
-    keys = tuple(checkpoint.statistics)
-    ambiguous = unnorm_key is None and len(keys) > 1
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Bundle(path, config, origin, digest, keys if ambiguous else ())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _verify(path: Path) -> str:

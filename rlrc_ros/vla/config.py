@@ -6,6 +6,7 @@ Architecture, action codec, contract with the robot.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -26,10 +27,11 @@ class TowerConfig:
 
     `dinov2` has a class token, four registers and LayerScale; `siglip` carries a pooling head that
     is never run. Both give the features of their last block but one, as OpenVLA does, without the
-    final norm. `vit` is neither: every block runs, and the final norm.
+    final norm. `vit` is neither: every block runs, and the final norm. `paligemma` is SigLIP as
+    PaliGemma runs it: every block, the final norm, and no pooling head; pi0 has it.
     """
 
-    kind: Literal["dinov2", "siglip", "vit"]
+    kind: Literal["dinov2", "siglip", "vit", "paligemma"]
     width: int
     depth: int
     heads: int
@@ -77,7 +79,7 @@ class LayerWidths:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The Llama decoder."""
+    """The language model's decoder: Llama's; in a policy with an `expert`, Gemma's."""
 
     vocab_size: int
     """Rows of the embedding, padding included."""
@@ -108,6 +110,37 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """The action expert of pi0 (Black et al., arXiv 2410.24164): a Gemma that denoises actions.
+
+    Its layer i attends to the keys and values of the decoder's layer i. So there are as many, with
+    as many key-value heads, of the decoder's `head_dim`.
+    """
+
+    hidden_size: int
+    layers: tuple[LayerWidths, ...]
+    chunk: int = 50
+    """Actions of a chunk, one a control step."""
+    action_width: int = 32
+    """Of an action as the model gives it; the dimensions after the action codec's are padding."""
+    state_width: int = 32
+    """Of the proprioception as the model takes it, padded with zeros."""
+    steps: int = 10
+    """Euler steps from noise to actions."""
+    min_period: float = 4e-3
+    """Of the sinusoids that tell the expert the time in [0, 1]."""
+    max_period: float = 4.0
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("action_width", "state_width", "steps")}
+        _refuse_below(1, "expert", chunk=self.chunk, **sizes)
+        if self.hidden_size < 2 or self.hidden_size % 2:
+            raise UserError(f"expert: hidden_size is {self.hidden_size}, and must be even")
+        if not 0 < self.min_period < self.max_period < math.inf:
+            raise UserError("expert: min_period must be above 0 and below max_period")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ActionHeadConfig:
     """OpenVLA-OFT's head: a chunk of continuous actions from one pass over the decoder."""
 
@@ -132,7 +165,7 @@ class ActionHeadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureConfig:
-    """The module tree of OpenVLA, or with an `action_head` of OpenVLA-OFT."""
+    """The module tree of OpenVLA; with an `action_head` of OpenVLA-OFT, with an `expert` of pi0."""
 
     towers: tuple[TowerConfig, ...]
     decoder: DecoderConfig
@@ -142,26 +175,50 @@ class ArchitectureConfig:
     """How many cameras the policy looks through at once: the first ones of its contract."""
     action_head: ActionHeadConfig | None = None
     """None: the actions are tokens of the decoder's vocabulary."""
+    expert: ExpertConfig | None = None
 
     @property
     def context(self) -> int:
-        """How many tokens images and proprioception become."""
-        return self.images * self.towers[0].patches + bool(self.proprioception)
+        """How many tokens images and proprioception become; pi0's goes to the expert."""
+        state = bool(self.proprioception) and self.expert is None
+        return self.images * self.towers[0].patches + state
 
     def __post_init__(self) -> None:
         _refuse_below(1, "architecture", images=self.images)
+        kinds = [tower.kind for tower in self.towers]
+        if self.expert is not None:
+            self._check_expert(self.expert, kinds)
+        elif "paligemma" in kinds:
+            raise UserError("architecture: a vision tower 'paligemma' takes an expert beside it")
         stop = self.action_head.stop_token_id if self.action_head else 0
         if not 0 <= stop < self.decoder.vocab_size:
             raise UserError(f"action head: stop_token_id {stop} is outside the vocabulary")
         if len({tower.patches for tower in self.towers}) != 1:
             raise UserError("architecture: the vision towers must give the same number of patches")
 
+    def _check_expert(self, expert: ExpertConfig, kinds: Sequence[str]) -> None:
+        if kinds != ["paligemma"]:
+            raise UserError("architecture: with an expert there is one vision tower, 'paligemma'")
+        mine, theirs = ([w.kv_heads for w in x.layers] for x in (expert, self.decoder))
+        if mine != theirs:
+            raise UserError(
+                "architecture: the expert attends to the decoder layer by layer, so they need as "
+                f"many layers and in each the same kv_heads; the expert has {mine}, the decoder "
+                f"{theirs}"
+            )
+        if self.proprioception > expert.state_width:
+            raise UserError(
+                f"architecture: {self.proprioception} proprioception values do not fit the "
+                f"expert's state_width of {expert.state_width}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActionCodecConfig:
     """How continuous actions become tokens.
 
-    OpenVLA's uniform bins on [-1, 1] after scaling by quantiles.
+    OpenVLA's uniform bins on [-1, 1] after scaling by quantiles. With an `expert` there are no
+    bins: q01 and q99 are mean − and + standard deviation, which become -1 and +1.
     """
 
     n_bins: int = 256
@@ -227,7 +284,7 @@ class QuantizationConfig:
     """How the weights of some parts are stored."""
 
     method: Literal["bitsandbytes-nf4", "bitsandbytes-int8"]
-    parts: tuple[Literal["llm", "vision", "projector"], ...]
+    parts: tuple[Literal["llm", "vision", "projector", "expert"], ...]
     block_size: int = 64
     """Weights that share a scale, in NF4; int8 has one scale a row."""
     double_quantization: bool = True
@@ -294,6 +351,12 @@ class BundleConfig:
             raise UserError(
                 f"the architecture takes {expected} proprioception values, the contract names "
                 f"{found}"
+            )
+        expert, actions = self.architecture.expert, self.action_codec.dimensions
+        if expert is not None and actions > expert.action_width:
+            raise UserError(
+                f"the action codec scales {actions} values, and the expert's action_width is "
+                f"{expert.action_width}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.vla.bundle import Bundle, open_bundle, provenance, write_bundle
+from rlrc_ros.vla.bundle import SUMS, Bundle, open_bundle, provenance, write_bundle
 from rlrc_ros.vla.config import BundleConfig
-from rlrc_ros.vla.openvla_checkpoint import is_checkpoint
 from rlrc_ros.vla.policy import empty_model
 
 
@@ -27,11 +26,12 @@ def convert(
     """Write a bundle with a checkpoint's weights as they are stored, in safetensors alone.
 
     Args:
-        checkpoint: a directory as OpenVLA or OpenVLA-OFT publishes it; `DIR#KEY` for `unnorm_key`.
+        checkpoint: a directory as OpenVLA, OpenVLA-OFT or pi0 is published; `DIR#KEY` for
+            `unnorm_key`.
         out: the new bundle's directory.
         unnorm_key: the data set of `norm_stats` that scales actions and proprioception.
-        cameras: names of the cameras that the policy looks through, in order; OpenVLA-OFT takes as
-            many images as there are names.
+        cameras: names of the cameras that the policy looks through, in order; OpenVLA-OFT and pi0
+            take as many images as there are names.
         joints: names of the values of its proprioception, in order.
         control_rate: Hz, of the data that it was trained on.
         chunk: actions in a chunk of OpenVLA-OFT.
@@ -43,7 +43,7 @@ def convert(
             nothing is written then.
     """
     source = open_bundle(checkpoint, unnorm_key)
-    if not is_checkpoint(source.path):
+    if (source.path / SUMS).is_file():
         raise UserError(f"{source.path}: is a bundle already")
     source.require_action_scale()
     if not source.has_tokenizer:
@@ -67,7 +67,7 @@ def _contract(
 ) -> BundleConfig:
     architecture, head = config.architecture, config.architecture.action_head
     if cameras:
-        if head is None and len(cameras) != 1:
+        if head is None and architecture.expert is None and len(cameras) != 1:
             raise UserError(f"{where}: OpenVLA looks through one camera, {len(cameras)} are named")
         if len(set(cameras)) < len(cameras):
             raise UserError(f"{where}: a camera is named twice: {', '.join(cameras)}")
@@ -88,7 +88,7 @@ def _contract(
         config = replace(config, proprioception=replace(contract, joints=tuple(joints)))
     if chunk is not None:
         if head is None:
-            raise UserError(f"{where}: gives single actions, no chunks")
+            raise UserError(f"{where}: gives no chunks to choose the length of")
         head = replace(head, chunk=chunk)
         config = replace(config, architecture=replace(config.architecture, action_head=head))
     return config

@@ -21,7 +21,8 @@ def inspect(policy: str | Path) -> dict[str, Any]:
     stored = dict.fromkeys(model.parts, 0)
     for name, size in bundle.sizes().items():
         stored[part_of(name)] += size
-    config = bundle.config
+    config, architecture = bundle.config, bundle.config.architecture
+    chunked, expert = architecture.action_head or architecture.expert, architecture.expert
     return {
         "name": bundle.name,
         "path": str(bundle.path),
@@ -29,11 +30,12 @@ def inspect(policy: str | Path) -> dict[str, Any]:
         "parameters": parameter_counts(model),
         "bytes": stored | {"total": sum(stored.values())},
         "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
-        "layers": [asdict(widths) for widths in config.architecture.decoder.layers],
+        "layers": [asdict(widths) for widths in architecture.decoder.layers],
+        "expert_layers": [asdict(widths) for widths in expert.layers] if expert else None,
         "dtype": config.dtype,
         "quantization": asdict(config.quantization) if config.quantization else None,
         "control_rate": config.control_rate,
-        "chunk": head.chunk if (head := config.architecture.action_head) else 1,
+        "chunk": chunked.chunk if chunked else 1,
         "cameras": [asdict(camera) for camera in config.cameras],
         "proprioception": asdict(config.proprioception) if config.proprioception else None,
         "provenance": bundle.provenance,

@@ -277,10 +277,11 @@ def _rope_kernel(
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Tensor:
     """Rotate queries and keys of a prompt; keys and values go to the cache's beginning.
 
-    (T, (heads + 2 kv_heads) · head_dim) -> queries (heads, T, head_dim).
+    (T, (heads + 2 kv_heads) · head_dim) -> queries (heads, T, head_dim). `cache` may be a part of a
+    longer one: its places from some on.
     """
-    _, kv_heads, capacity, size = cache.shape
-    tokens = len(qkv)
+    kv_heads, size = cache.shape[1], cache.shape[3]
+    tokens, capacity = len(qkv), cache.stride(1) // size
     query = torch.empty(heads, tokens, size, dtype=qkv.dtype, device=qkv.device)
     _rope_kernel[(tokens, heads + 2 * kv_heads)](
         qkv, cos, sin, query, cache[0], cache[1], heads, kv_heads, tokens, capacity,
@@ -427,21 +428,24 @@ def norm(
 
 
 @triton.jit
-def _gate_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _gate_kernel(x_ptr, out_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = k < width
     gate = tl.load(x_ptr + 2 * row * width + k, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + (2 * row + 1) * width + k, mask=ok, other=0.0).to(tl.float32)
-    y = gate / (1.0 + tl.exp(-gate)) * up
+    inner = gate
+    if GELU:  # 1 + tanh(z) is 2 · sigmoid(2z), and 2 · √(2 / π) = 1.5957691216
+        inner = 1.5957691216 * (gate + 0.044715 * gate * gate * gate)
+    y = gate / (1.0 + tl.exp(-inner)) * up
     tl.store(out_ptr + row * width + k, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def gate(x: Tensor) -> Tensor:
-    """(T, 2W) -> (T, W): silu of the first half times the second."""
+def gate(x: Tensor, gelu: bool = False) -> Tensor:
+    """(T, 2W) -> (T, W): silu of the first half times the second; or GELU's tanh form of it."""
     tokens, width = x.shape[0], x.shape[1] // 2
     out = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
-    _gate_kernel[(tokens, triton.cdiv(width, 1024))](x, out, width, BLOCK=1024)
+    _gate_kernel[(tokens, triton.cdiv(width, 1024))](x, out, width, GELU=gelu, BLOCK=1024)
     return out
 
 

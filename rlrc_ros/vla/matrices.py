@@ -231,12 +231,12 @@ def norm(
     """An RMS norm, or a layer norm: see `rlrc_ros.vla.kernels.norm`."""
     if delta is not None:
         x += delta if factor is None else delta * factor
-    if bias is None:
-        return F.rms_norm(x, gain.shape, gain, eps)
+    if bias is None:  # a gain of more precision than x keeps it
+        return F.rms_norm(x.to(gain.dtype), gain.shape, gain, eps).to(x.dtype)
     return F.layer_norm(x, gain.shape, gain, bias, eps)
 
 
-def gate(x: Tensor) -> Tensor:
-    """(T, 2W) -> (T, W): silu of the first half times the second."""
+def gate(x: Tensor, gelu: bool = False) -> Tensor:
+    """(T, 2W) -> (T, W): silu of the first half times the second; or GELU's tanh form of it."""
     first, second = x.chunk(2, -1)
-    return F.silu(first) * second
+    return (F.gelu(first, approximate="tanh") if gelu else F.silu(first)) * second

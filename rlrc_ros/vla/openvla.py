@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -226,11 +227,11 @@ class ProprioProjector(nn.Module):
         return self.fc2(F.gelu(self.fc1(proprioception)))
 
 
-def set_layer_widths(language_model: LlamaForCausalLM, layers: Sequence[LayerWidths]) -> None:
+def set_layer_widths(language_model: Any, layers: Sequence[LayerWidths]) -> None:
     """Give each decoder layer fresh projections of its own widths.
 
-    Llama's attention reshapes with -1, so `num_key_value_groups` is all that has to follow the
-    heads.
+    Llama's and Gemma's attention reshapes with -1, so `num_key_value_groups` is all that has to
+    follow the heads.
     """
     for layer, widths in zip(language_model.model.layers, layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
@@ -249,7 +250,7 @@ def set_layer_widths(language_model: LlamaForCausalLM, layers: Sequence[LayerWid
         mlp.intermediate_size = widths.ffn
 
 
-def layer_widths(language_model: LlamaForCausalLM) -> tuple[LayerWidths, ...]:
+def layer_widths(language_model: Any) -> tuple[LayerWidths, ...]:
     """The widths that the decoder's layers have now, read off the projections."""
     return tuple(
         LayerWidths(

@@ -170,15 +170,17 @@ class _Fields:
 
 
 class _Shapes:
-    """Of the stored tensors, by name."""
+    """Of the stored tensors, by name; `kind` is what they should be."""
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.path, self.all = path, shapes
+    def __init__(
+        self, path: Path, shapes: dict[str, tuple[int, ...]], kind: str = "OpenVLA"
+    ) -> None:
+        self.path, self.all, self._kind = path, shapes, kind
 
     def __call__(self, name: str, dimensions: int) -> tuple[int, ...]:
         shape = self.all.get(name)
         if shape is None:
-            raise UserError(f"{self.path}: has no tensor {name}, which every OpenVLA has")
+            raise UserError(f"{self.path}: has no tensor {name}, which every {self._kind} has")
         if len(shape) != dimensions or 0 in shape:
             raise UserError(f"{self.path}: {name} is {shape}, expected {dimensions} dimensions")
         return shape

@@ -23,7 +23,7 @@ from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import open_bundle
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.openvla_checkpoint import Checkpoint, is_checkpoint, read_checkpoint
-from rlrc_ros.vla.policy import load_model
+from rlrc_ros.vla.policy import load_openvla
 from rlrc_ros.vla.processor import Processor
 
 EXPECTED = "expected.json"
@@ -82,7 +82,7 @@ def parity(directory: str | Path) -> dict[str, Any]:
         processor.pixel_values(processor.resized(read_rgb(bundle.path / case.image))[None])
         for case in cases
     ]
-    model = load_model(bundle)
+    model = load_openvla(bundle)
     results = [_compare(model, codecs, *each) for each in zip(cases, pixels, strict=True)]
     return {"agree": all(map(_agrees, results)), "cases": results}
 

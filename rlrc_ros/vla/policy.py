@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla import quantization
@@ -25,9 +26,14 @@ from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvino_engine import OpenVINOEngine
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.openvla_oft import OpenVLAOFT
+from rlrc_ros.vla.pi0 import Pi0
+from rlrc_ros.vla.pi0_engine import Pi0EagerEngine, Pi0GraphEngine
+from rlrc_ros.vla.pi0_processor import Pi0Processor
 from rlrc_ros.vla.processor import Observation, Processor
 
 EngineName = Literal["auto", "eager", "unrolled", "graph", "openvino"]
+ACTION_WIDTH = 7
+"""Values of an action that this program can command."""
 
 
 @dataclass
@@ -44,14 +50,22 @@ class ActionChunk:
     latency_ms: dict[str, float]
 
 
-def build_model(config: BundleConfig) -> OpenVLA:
+def build_model(config: BundleConfig) -> OpenVLA | Pi0:
     """The bundle's module tree with fresh weights."""
+    if config.architecture.expert is not None:
+        return Pi0(config.architecture)
     if config.architecture.action_head is not None:
         return OpenVLAOFT(config.architecture, config.action_codec.n_bins)
     return OpenVLA(config.architecture, config.action_codec.n_bins, config.action_codec.dimensions)
 
 
-def empty_model(bundle: Bundle) -> OpenVLA:
+def processor_of(config: BundleConfig, tokenizer: Tokenizer | None) -> Processor:
+    """The bundle's preprocessing."""
+    pi0 = config.architecture.expert is not None
+    return (Pi0Processor if pi0 else Processor)(config, tokenizer)
+
+
+def empty_model(bundle: Bundle) -> OpenVLA | Pi0:
     """The bundle's module tree without memory, on the meta device.
 
     Raises:
@@ -66,7 +80,7 @@ def empty_model(bundle: Bundle) -> OpenVLA:
 
 def load_model(
     bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> OpenVLA:
+) -> OpenVLA | Pi0:
     """The bundle's model with its weights; what is not quantized is cast to `dtype`.
 
     Raises:
@@ -92,12 +106,29 @@ def load_model(
     return model.to(device).eval()
 
 
-def _belongs_to_quantized(model: OpenVLA, key: str) -> bool:
+def load_openvla(
+    bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> OpenVLA:
+    """`load_model` of a policy that decides by tokens.
+
+    Raises:
+        UserError: it is pi0, which decides otherwise; or what `load_model` refuses.
+    """
+    if bundle.config.architecture.expert is not None:
+        raise UserError(
+            f"{bundle.path}: is a pi0 policy; this takes one that decides by action tokens"
+        )
+    model = load_model(bundle, device, dtype)
+    assert isinstance(model, OpenVLA)
+    return model
+
+
+def _belongs_to_quantized(model: OpenVLA | Pi0, key: str) -> bool:
     return quantization.is_quantized(model.get_submodule(key.rpartition(".")[0]))
 
 
 def _refuse_misfits(
-    file: Path, model: OpenVLA, stored: dict[str, tuple[int, ...]], quantized: bool
+    file: Path, model: OpenVLA | Pi0, stored: dict[str, tuple[int, ...]], quantized: bool
 ) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layers = len(model.config.decoder.layers)
@@ -149,7 +180,7 @@ class Policy:
         self.engine, self.device, self.dtype = engine, device, dtype
         self.parameters = parameters
         tokenizer = bundle.tokenizer() if bundle.has_tokenizer else None
-        self.processor = Processor(bundle.config, tokenizer)
+        self.processor = processor_of(bundle.config, tokenizer)
         self._codec = ActionCodec(bundle.config.action_codec)
 
     def act(self, observation: Observation) -> ActionChunk:
@@ -165,17 +196,20 @@ class Policy:
         if not self.engine.takes_bytes:
             inputs = inputs.to(self.device, self.dtype)
         ready = time.perf_counter()
-        if isinstance(self.engine, ChunkEngine):
-            chunk = self.engine.chunk(inputs)[0]
-            actions = self._codec.unscale(chunk.double().cpu().numpy())
-        else:
-            actions = self._codec.decode(self.engine.bins(inputs).cpu().numpy())
+        actions = self._decide(inputs)
         actions[:, -1] = actions[:, -1].clip(0.0, 1.0)
         if not np.isfinite(actions).all():
             raise UserError("the policy gave an action that is not finite")
         done = time.perf_counter()
         stages = {"preprocess": ready - start, "inference": done - ready, "total": done - start}
         return ActionChunk(actions, {name: seconds * 1e3 for name, seconds in stages.items()})
+
+    def _decide(self, inputs: Inputs) -> NDArray[np.float64]:
+        """(T, 7) actions, from the engine's tokens or from its chunk of continuous values."""
+        if isinstance(self.engine, ChunkEngine):
+            chunk = self.engine.chunk(inputs)[0, :, :ACTION_WIDTH]  # what follows is padding
+            return self._codec.unscale(chunk.double().cpu().numpy())
+        return self._codec.decode(self.engine.bins(inputs).cpu().numpy())
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part and in total."""
@@ -206,20 +240,18 @@ class Policy:
             inputs = inputs.to(self.device, self.dtype)
         self.engine.prepare()
         for _ in range(2):
-            if isinstance(self.engine, ChunkEngine):
-                self.engine.chunk(inputs)
-            else:
-                self.engine.bins(inputs)
+            self._decide(inputs)
         return time.perf_counter() - start
 
 
 def part_of(name: str) -> str:
-    """The part that a stored tensor belongs to: vision, projector, llm or action_head."""
-    heads = {"vision_backbone": "vision", "language_model": "llm", "action_head": "action_head"}
-    return heads.get(name.partition(".")[0], "projector")
+    """The part that a stored tensor belongs to: vision, projector, llm, action_head or expert."""
+    parts = {"vision_backbone": "vision", "language_model": "llm"}
+    parts |= {"action_head": "action_head", "expert": "expert"}
+    return parts.get(name.partition(".")[0], "projector")
 
 
-def parameter_counts(model: OpenVLA) -> dict[str, int]:
+def parameter_counts(model: OpenVLA | Pi0) -> dict[str, int]:
     """Parameters by part, and in total; a quantized weight counts as what it stands for."""
 
     def count(parameter: Any) -> int:
@@ -237,7 +269,7 @@ def load_policy(
     dtype: str = "auto",
     unnorm_key: str | None = None,
 ) -> Policy:
-    """Load a bundle or an OpenVLA checkpoint and make it ready to act.
+    """Load a bundle, or an OpenVLA or pi0 checkpoint, and make it ready to act.
 
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
@@ -260,11 +292,15 @@ def load_policy(
             f"device '{device}' cannot be used ({str(error).splitlines()[0]})"
         ) from None
     bundle = open_bundle(policy, unnorm_key)
-    on_cpu = target.type == "cpu"
-    chunks = bundle.config.architecture.action_head is not None
+    on_cpu, architecture = target.type == "cpu", bundle.config.architecture
+    engines = _ENGINES
+    if architecture.expert is not None:
+        engines = _PI0_ENGINES
+        _refuse_other_actions(bundle)
+    elif architecture.action_head is not None:
+        engines = _CHUNK_ENGINES
     if engine == "auto":
-        engine = "unrolled" if on_cpu and not chunks else "eager"
-    engines = _CHUNK_ENGINES if chunks else _ENGINES
+        engine = "unrolled" if on_cpu and "unrolled" in engines else "eager"
     if engine not in engines:
         raise UserError(
             f"{bundle.path}: gives chunks of actions, which the {engine} engine cannot; take "
@@ -283,16 +319,24 @@ def load_policy(
     return Policy(bundle, build(model), parameters, target, kind)
 
 
-_ENGINES: dict[str, Callable[[Any], Engine]] = {
+def _refuse_other_actions(bundle: Bundle) -> None:
+    """Say that the policy commands something else than this program can."""
+    if (found := bundle.config.action_codec.dimensions) != ACTION_WIDTH:
+        raise UserError(
+            f"{bundle.path}: its actions have {found} values; this program commands the motion of "
+            f"one end effector and its gripper, {ACTION_WIDTH} values"
+        )
+
+
+_Engines = dict[str, Callable[[Any], Engine | ChunkEngine]]
+_ENGINES: _Engines = {
     "eager": EagerEngine,
     "unrolled": UnrolledEngine,
     "graph": GraphEngine,
     "openvino": OpenVINOEngine,
 }
-_CHUNK_ENGINES: dict[str, Callable[[Any], ChunkEngine]] = {
-    "eager": EagerChunkEngine,
-    "graph": GraphChunkEngine,
-}
+_CHUNK_ENGINES: _Engines = {"eager": EagerChunkEngine, "graph": GraphChunkEngine}
+_PI0_ENGINES: _Engines = {"eager": Pi0EagerEngine, "graph": Pi0GraphEngine}
 
 
 def _refuse_too_large(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:

@@ -74,7 +74,7 @@ class Processor:
         """
         if instruction in self._token_ids:
             return self._token_ids[instruction]
-        words = instruction.strip().lower()
+        words = self._words(instruction)
         if not words:
             raise UserError("the instruction is empty; say what the robot should do")
         if self._tokenizer is None:
@@ -108,6 +108,10 @@ class Processor:
             self._token_ids.clear()
         self._token_ids[instruction] = ids
         return ids
+
+    def _words(self, instruction: str) -> str:
+        """The instruction as the policy was trained to read it."""
+        return instruction.strip().lower()
 
     def batch_token_ids(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(B, T) ids padded at the end, and the (B, T) mask.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.config import QuantizationConfig
 from rlrc_ros.vla.openvla import OpenVLA
+from rlrc_ros.vla.pi0 import Pi0
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 SCALE_KEY = "SCB"
@@ -43,20 +44,29 @@ def bitsandbytes() -> ModuleType:
     return library
 
 
-def quantizable(model: OpenVLA, config: QuantizationConfig) -> Iterator[tuple[nn.Module, str, str]]:
+def quantizable(
+    model: OpenVLA | Pi0, config: QuantizationConfig
+) -> Iterator[tuple[nn.Module, str, str]]:
     """The linear layers that `config` covers, as (parent module, attribute, full name).
 
     In the decoder those are the layers' projections: the embedding and the head stay as they are,
     since the head's action rows decide the bin.
+
+    Raises:
+        UserError: the model has no such part.
     """
     roots: dict[str, list[tuple[str, nn.Module]]] = {
         "llm": [("language_model.model.layers", model.language_model.model.layers)],
         "vision": [("vision_backbone", model.vision_backbone)],
         "projector": [("projector", model.projector)],
     }
+    if isinstance(model, Pi0):
+        roots["expert"] = [("expert.model.layers", model.expert.model.layers)]
     if model.proprio_projector is not None:
         roots["projector"].append(("proprio_projector", model.proprio_projector))
     for part in config.parts:
+        if part not in roots:
+            raise UserError(f"quantization: this policy has no part '{part}'")
         for prefix, root in roots[part]:
             for path, module in list(root.named_modules()):
                 if isinstance(module, nn.Linear):
@@ -129,7 +139,7 @@ class Int8Linear(nn.Module):
             return torch.ops.quantized.linear_prepack(weight, None)
 
 
-def quantize(model: OpenVLA, config: QuantizationConfig) -> None:
+def quantize(model: OpenVLA | Pi0, config: QuantizationConfig) -> None:
     """Replace the layers that `config` covers by quantized ones, in place."""
     for parent, attribute, _ in quantizable(model, config):
         linear = getattr(parent, attribute)
@@ -137,7 +147,10 @@ def quantize(model: OpenVLA, config: QuantizationConfig) -> None:
 
 
 def quantize_while_loading(
-    model: OpenVLA, config: QuantizationConfig, tensors: dict[str, Tensor], device: torch.device
+    model: OpenVLA | Pi0,
+    config: QuantizationConfig,
+    tensors: dict[str, Tensor],
+    device: torch.device,
 ) -> None:
     """Put quantized layers into a model on the meta device, made of full-precision tensors.
 
@@ -181,7 +194,7 @@ def _quantized(
     return _linear4bit(linear, parameter, bias)
 
 
-def stored(model: OpenVLA) -> dict[str, Tensor]:
+def stored(model: OpenVLA | Pi0) -> dict[str, Tensor]:
     """The model's tensors as a bundle stores them.
 
     Bitsandbytes adds the statistics of its layers by itself.
@@ -194,7 +207,7 @@ def stored(model: OpenVLA) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(model: OpenVLA, config: QuantizationConfig, tensors: dict[str, Tensor]) -> None:
+def restore(model: OpenVLA | Pi0, config: QuantizationConfig, tensors: dict[str, Tensor]) -> None:
     """Put quantized layers into a model on the meta device, taking their tensors out of `tensors`.
 
     Raises:

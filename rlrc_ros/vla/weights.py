@@ -36,11 +36,13 @@ class WeightFiles:
     Attributes:
         path: the file, or the directory of the shards.
         files: the file that holds a tensor, by the tensor's name.
+        stored_as: the name in the file, of those tensors that are known by another.
         pickled: those of them that are in no safetensors file, memory-mapped.
     """
 
     path: Path
     files: dict[str, Path]
+    stored_as: dict[str, str] = field(default_factory=dict)
     pickled: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -64,6 +66,11 @@ class WeightFiles:
             )
         return cls(single, dict.fromkeys(_names(single), single))
 
+    def under(self, names: dict[str, str]) -> WeightFiles:
+        """Some of the tensors, by other names: each new name with the one that it has now."""
+        files = {name: self.files[stored] for name, stored in names.items()}
+        return replace(self, files=files, stored_as=names)
+
     def with_part(self, name: str, file: Path) -> WeightFiles:
         """These, and a pickled part's tensors as `name.…`; reads none of them.
 
@@ -83,7 +90,7 @@ class WeightFiles:
         for file, names in self._by_file().items():
             with opened(file) as stored:
                 for name in names:
-                    entry = stored.get_slice(name)
+                    entry = stored.get_slice(self.stored_as.get(name, name))
                     found[name] = (tuple(entry.get_shape()), entry.get_dtype())
         return found
 
@@ -108,7 +115,7 @@ class WeightFiles:
                 with opened(file) as stored:
                     while left and (unmap_at is None or read < unmap_at):
                         name = left.pop()
-                        tensor = stored.get_tensor(name)
+                        tensor = stored.get_tensor(self.stored_as.get(name, name))
                         read += tensor.nbytes
                         yield name, tensor
                         del tensor

@@ -179,6 +179,37 @@ def test_an_architecture_with_random_weights(rlrc, small_shape, tmp_path):
         assert len(saved["times_ms"]) == (1 if row is generate else 10)
 
 
+@pytest.fixture
+def small_pi0(monkeypatch):
+    from rlrc_ros.cli import bench_pi0
+    from tests.vla.pi0_policies import pi0_config
+
+    shape = {"layers": ((10, 1, 1280),) * 3, "expert": ((10, 1, 1280),) * 3, "proprioception": 0}
+    monkeypatch.setitem(bench_pi0.SHAPES, "pi0", lambda: pi0_config(**shape))
+
+
+def test_pi0_with_random_weights(rlrc, small_pi0, tmp_path):
+    out = tmp_path / "shape.json"
+    words = ["--shape", "pi0", "--rounds", "10", "--device", "cpu", "--out", out]
+    variants = ["full", "full-nf4", "pruned", "pruned-both", "pruned-nf4", "shallow"]
+    status, printed, _ = rlrc("bench", *words, "--variants", ",".join(variants), "--json")
+    assert status == 0
+    rows, raw = json.loads(printed)["variants"], json.loads(out.read_text())["variants"]
+    assert [row["variant"] for row in rows] == ["transformers", *variants]
+    reference, full, nf4, pruned, both, _, shallow = rows
+    compared = full["against_transformers_actions"]
+    assert compared["max_difference"] < 1e-4 < compared["mean_distance_from_noise"]
+    assert full["parameters"] == reference["parameters"]
+    assert nf4["bytes"]["total"] < full["bytes"]["total"] < reference["bytes"]["total"]
+    assert pruned["llm_layers"] == [[10, 1, 1280], [1, 1, 128], [10, 1, 1280]]
+    assert pruned["parameters"]["expert"] == full["parameters"]["expert"]
+    assert both["parameters"]["expert"] < full["parameters"]["expert"]
+    assert len(shallow["llm_layers"]) == len(shallow["expert_layers"]) == 1
+    for row, saved in zip(rows, raw, strict=True):
+        low, high = row["against_transformers"]["times_faster_ci95"]
+        assert 0 < low <= high and row["floor_ms"] > 0 and len(saved["times_ms"]) == 10
+
+
 def test_an_architecture_that_gives_chunks(rlrc, small_shape):
     words = ["--shape", "openvla-7b-oft", "--variants", "full,pruned-nf4", "--device", "cpu"]
     status, printed, _ = rlrc("bench", *words, "--rounds", "10", "--json")
@@ -195,6 +226,7 @@ def test_an_architecture_that_gives_chunks(rlrc, small_shape):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--shape", "pi0", "--variants", "planned"], "there is no variant 'planned'; there are: "),
         ([], "name either policies with --policy, or an architecture with --shape, or --ros"),
         (["--shape", "openvla-7b", "--variants", "full,tiny"], "there is no variant 'tiny'; there"),
         (["--shape", "openvla-70b"], "invalid choice: 'openvla-70b'"),

@@ -8,6 +8,13 @@ import shutil
 import pytest
 
 from rlrc_ros.paths import config_file
+from rlrc_ros.sim.tasks import VOCABULARY
+from rlrc_ros.timing import INSTRUCTION, synthetic_observation
+from rlrc_ros.vla import load_policy
+from rlrc_ros.vla.bundle import open_bundle, provenance, write_bundle
+from rlrc_ros.vla.processor import word_tokenizer
+from tests.conftest import WORDS
+from tests.vla.pi0_policies import pi0_config, random_pi0
 from training.config import load_config
 from training.data.collect import collect_demonstrations
 
@@ -177,3 +184,68 @@ def test_quantizing_gives_a_smaller_policy(rlrc, policies, tmp_path):
     assert (out / "model.safetensors").stat().st_mode & 0o777 == (
         out / "config.json"
     ).stat().st_mode & 0o777
+
+
+@pytest.fixture
+def pi0_bundle(tmp_path):
+    config = pi0_config(("front",))
+    model = random_pi0(config.architecture)
+    origin = provenance(None, "original")
+    tokenizer = word_tokenizer(WORDS)
+    return write_bundle(tmp_path / "pi0", config, model.state_dict(), tokenizer, origin)
+
+
+def with_prune_section(path, text):
+    begin, end = TINY.index("prune:"), TINY.index("recovery:")
+    path.write_text(f"{TINY[:begin]}prune:\n{text}\n{TINY[end:]}")
+    return path
+
+
+def test_pi0_pruned_then_quantized(rlrc, pi0_bundle, tmp_path):
+    lines = "  remove: 0.3\n  granularity: both\n  importance: magnitude\n  ffn_multiple: 16\n"
+    file = with_prune_section(tmp_path / "run.yaml", lines + "  part: expert\n")
+    words = [file, "--device", "cpu", "--json"]
+    pruned, small = tmp_path / "pruned", tmp_path / "small"
+    status, printed, _ = rlrc("prune", *words, "--policy", pi0_bundle.path, "--out", pruned)
+    assert status == 0 and json.loads(printed)["part"] == "expert"
+    status, _, _ = rlrc("quantize", *words, "--policy", pruned, "--out", small)
+    assert status == 0
+    status, printed, _ = rlrc("inspect", small, "--json")
+    facts = json.loads(printed)
+    assert status == 0 and facts["quantization"]["parts"] == ["llm"]
+    assert facts["expert_layers"] != [{"heads": 4, "kv_heads": 1, "ffn": 64}] * 3
+    assert "expert layers (query heads" in rlrc("inspect", small)[1]
+    assert load_policy(small).act(synthetic_observation(open_bundle(small).config, INSTRUCTION, 0))
+
+
+def test_pi0_fine_tuned(rlrc, tmp_path):
+    architecture = pi0_config(("front",)).architecture
+    tower = dataclasses.replace(architecture.towers[0], image_size=128, patch=32)
+    config = dataclasses.replace(
+        pi0_config(("front",)), architecture=dataclasses.replace(architecture, towers=(tower,))
+    )
+    text, data = TINY.replace("steps: 20", "steps: 2"), tmp_path / "demonstrations"
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    wanted = dataclasses.replace(load_config(file).demonstrations, episodes=1)
+    collect_demonstrations(data, wanted, workers=1)
+    origin, tokenizer = provenance(None, "original"), word_tokenizer([*VOCABULARY, "in", "out"])
+    weights = random_pi0(config.architecture).state_dict()
+    bundle = write_bundle(tmp_path / "pi0", config, weights, tokenizer, origin)
+    words = ["sft", file, "--policy", bundle.path, "--out", tmp_path / "trained"]
+    status, printed, _ = rlrc(*words, "--demonstrations", data, "--device", "cpu", "--json")
+    assert status == 0 and json.loads(printed)["loss"] > 0
+    trained = open_bundle(tmp_path / "trained")
+    assert trained.config.architecture == config.architecture
+    assert trained.provenance["parent"] == bundle.hash
+
+
+def test_stages_that_pi0_has_not(refused, pi0_bundle, tmp_path):
+    file = with_prune_section(tmp_path / "run.yaml", "  remove: 0.4\n  granularity: both")
+    words = [file, "--policy", pi0_bundle.path, "--out", tmp_path / "out", "--device", "cpu"]
+    assert "is a pi0 policy; this takes one that decides by action tokens" in refused(
+        "rl", *words, "--demonstrations", tmp_path
+    )
+    assert "importance 'taylor' is measured on demonstrations; name some" in refused(
+        "prune", *words
+    )

@@ -134,16 +134,16 @@ def test_heads_that_torch_pruning_leaves_with_grouped_queries_are_caught():
     single, grouped = (random_model(bundle_config(((8, kv, 128),) * 2)) for kv in (8, 2))
     by_torch_pruning_alone(single, 8, 8)
     by_torch_pruning_alone(grouped, 8, 2)
-    prune._refuse_other_widths(layer_widths(single.language_model), (LayerWidths(2, 2, 32),) * 2)
+    prune.refuse_other_widths(layer_widths(single.language_model), (LayerWidths(2, 2, 32),) * 2)
     assert layer_widths(grouped.language_model) == (LayerWidths(8, 2, 32),) * 2
     with pytest.raises(UserError, match=r"left layer 0 .*heads=8.* not .*heads=4"):
-        prune._refuse_other_widths(
+        prune.refuse_other_widths(
             layer_widths(grouped.language_model), (LayerWidths(4, 1, 32),) * 2
         )
 
 
 def test_a_cut_that_does_nothing_is_caught_on_the_way(monkeypatch, trainable, batches):
-    monkeypatch.setattr(prune, "_cut_heads", lambda attention, chosen: None)
+    monkeypatch.setattr(prune, "cut_heads", lambda attention, chosen: None)
     policy = trainable(((4, 2, 128),) * 5)
     with pytest.raises(UserError, match=r"torch-pruning left layer 0 .*heads=4.* not .*heads=2"):
         prune.prune(policy.model, batches(policy), config())

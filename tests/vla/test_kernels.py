@@ -67,14 +67,15 @@ def test_attention_of_one_token(heads, kv_heads, position):
     close(*caches)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)])
-def test_rotation_of_a_prompt(heads, kv_heads):
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (0, 1)])
+def test_rotation_of_a_prompt(heads, kv_heads, start):
     size, capacity, tokens = 16, 12, 7
     qkv = random(tokens, (heads + 2 * kv_heads) * size)
     cos, sin = (random(capacity, size // 2, seed=s).repeat(1, 2) for s in (1, 2))
     caches = [torch.zeros(2, kv_heads, capacity, size, device=DEVICE) for _ in range(2)]
     queries = [
-        operations.rope(qkv, cos, sin, cache, heads)
+        operations.rope(qkv, cos, sin, cache[:, :, start:], heads)
         for operations, cache in zip((kernels, matrices), caches, strict=True)
     ]
     close(*queries)
@@ -113,5 +114,6 @@ def test_norms(bias, delta):
 def test_gates_and_unpacking():
     x = random(5, 2 * 1100)
     close(kernels.gate(x), matrices.gate(x))
+    close(kernels.gate(30 * x, gelu=True), matrices.gate(30 * x, gelu=True))
     matrix = matrices.packed([linear(40, 128)], torch.float32)
     close(kernels.unpack(matrix, torch.float32), matrices.unpack(matrix, torch.float32))
