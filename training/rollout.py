@@ -114,7 +114,12 @@ class _Graph:
 
 
 class Actor:
-    """Acts greedily in a fixed number of environments, in float32."""
+    """Acts greedily in a fixed number of environments, in float32.
+
+    Attributes:
+        environments: how many.
+        image_size: pixels, height and width of the images it looks at.
+    """
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class Actor:
         environments: int,
     ) -> None:
         self.environments = environments
+        self.image_size = processor.config.architecture.towers[0].image_size
         self._decoder, self._codec = Decoder(model, environments), codec
         self._batch = Batcher(processor, device)
 

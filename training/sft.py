@@ -351,6 +351,7 @@ def run(
     device: torch.device,
     work: Path,
     latency: tuple[float, float],
+    environment: str = "tabletop",
 ) -> dict[str, Any]:
     """Train on demonstrations and the corrections collected on the way.
 
@@ -363,7 +364,7 @@ def run(
         if not place.exists():
             environments = min(wanted.episodes, 8 * cpu_count())
             actor = Actor(model, trainable.processor, trainable.codec, device, environments)
-            collect_corrections(place, actor, wanted, latency)
+            collect_corrections(place, actor, wanted, latency, environment)
         batches.take(place)
 
     began = time.perf_counter()

@@ -155,8 +155,9 @@ def _open_checkpoint(path: Path, unnorm_key: str | None) -> Bundle:
     with ThreadPoolExecutor() as pool:
         sums = zip(files, pool.map(sha256, files), strict=True)
         text = "".join(f"{digest}  {file.name}\n" for file, digest in sums)
-    origin = {"parent": None, "stages": [{"stage": "original", "unnorm_key": unnorm_key}]}
     keys = tuple(checkpoint.statistics)
+    scale = keys[0] if unnorm_key is None and len(keys) == 1 else unnorm_key
+    origin = {"parent": None, "stages": [{"stage": "original", "unnorm_key": scale}]}
     ambiguous = unnorm_key is None and len(keys) > 1
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Bundle(path, config, origin, digest, keys if ambiguous else ())
