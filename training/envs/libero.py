@@ -39,6 +39,8 @@ TASKS, STATES = 10, 50
 SCENES_PER_TASK = 100
 """Of the sampled scenes, so many in a row are of one task: changing it takes a second."""
 SETTLING_STEPS = 10
+ARM_NOISE = 0.02
+"""Standard deviation of a sampled scene's joint positions, rad: robosuite's default."""
 CONTROL_RATE = 20
 FINGER_STROKE = 0.04
 """Metres that one finger moves."""
@@ -139,7 +141,6 @@ class World:
                 has_offscreen_renderer=False,
                 ignore_done=True,
                 hard_reset=False,  # the model stays, and with it what the renderer knows of it
-                initialization_noise="default",
             )
         self.env = self.control.env
         self.robot = self.env.robots[0]
@@ -165,6 +166,10 @@ class World:
             self.control.reset()
         if state is not None:
             self.control.set_init_state(self._states[state])
+        else:  # robosuite's own noise would displace the posture that the controller goes back to
+            noise = np.random.default_rng([seed, 3]).normal(0, ARM_NOISE, 7)
+            self.data.qpos[self.robot._ref_joint_pos_indexes] += noise
+            self.env.sim.forward()
         self.robot.gripper.current_action = np.zeros(2)  # robosuite forgets this one
         for _ in range(SETTLING_STEPS):
             self.control.step(_SETTLE)
