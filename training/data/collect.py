@@ -24,6 +24,7 @@ from training.data.demonstrations import (
     EPISODES_PER_SHARD,
     Episode,
     write_shard,
+    write_shards,
 )
 from training.envs.registry import make_environment
 from training.envs.vector import make_vector, share
@@ -172,9 +173,7 @@ def collect_corrections(
     unfinished = out.with_name(f"{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for number, start in enumerate(range(0, len(finished), EPISODES_PER_SHARD)):
-        shard = finished[start : start + EPISODES_PER_SHARD]
-        write_shard(unfinished / f"shard-{number:05d}.safetensors", shard)
+    write_shards(unfinished, finished)
     unfinished.rename(out)
     return float(np.mean([episode.facts["success"] for episode in finished]))
 
