@@ -31,7 +31,7 @@ from rlrc_ros.vla.policy import empty_model
 from training.common import cpu_count, parallel_map, pick_device
 from training.config import BENCHMARK_SCENES
 from training.envs import libero
-from training.envs.registry import contract, make_environment
+from training.envs.registry import at_once, contract, make_environment
 from training.envs.vector import make_vector, share
 from training.rollout import Actor, roll
 
@@ -256,7 +256,7 @@ def _on_gpu(
         Processor(bundle.config, bundle.tokenizer()),
         ActionCodec(scaled),
         device,
-        min(workers or ENVIRONMENTS, max(1, len(seeds))),
+        min(workers or at_once(task.environment, ENVIRONMENTS), max(1, len(seeds))),
     )
     yield from batched_episodes(actor, seeds, task, films)
 

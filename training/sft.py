@@ -44,6 +44,7 @@ from training.common import (
 from training.config import SftConfig
 from training.data.collect import collect_corrections
 from training.data.demonstrations import Demonstrations, read
+from training.envs.registry import at_once
 from training.rollout import Actor
 
 
@@ -362,7 +363,7 @@ def run(
     def correct(number: int, model: OpenVLA) -> None:
         place, wanted = work / f"corrections-{number}", config.corrections[number]
         if not place.exists():
-            environments = min(wanted.episodes, 8 * cpu_count())
+            environments = at_once(environment, min(wanted.episodes, 8 * cpu_count()))
             actor = Actor(model, trainable.processor, trainable.codec, device, environments)
             collect_corrections(place, actor, wanted, latency, environment)
         batches.take(place)

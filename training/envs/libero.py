@@ -11,6 +11,7 @@ Needs the extra `libero`, which brings every asset.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -312,6 +313,7 @@ class SeededLibero(gym.Env):
         number = scene_of(self._seed).task
         if self._world is None or self._world.number != number:
             self.close()
+            gc.collect()  # a task's textures and meshes are hundreds of megabytes, in cycles
             self._world = World(self.suite, number, self.image_size)
         self.world.reset(self._seed)
         if self._label:
@@ -335,6 +337,7 @@ class SeededLibero(gym.Env):
         """Free the renderer."""
         if self._world is not None:
             self._world.close()
+        self._world = self._expert = None
 
     def _seen(self) -> dict[str, Any]:
         self._image = self.world.render()

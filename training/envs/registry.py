@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rlrc_ros.errors import UserError
 from rlrc_ros.sim import tabletop
 from rlrc_ros.sim.tasks import VOCABULARY
+from training.common import cpu_count
 from training.envs import libero
 from training.envs.tabletop import SeededTabletop
 
@@ -45,6 +46,11 @@ def contract(environment: str) -> Contract:
     module: Any = tabletop if on_tabletop else libero
     words = VOCABULARY if on_tabletop else libero.vocabulary()
     return Contract(tuple(words), module.ACTION_LOW, module.ACTION_HIGH, float(module.CONTROL_RATE))
+
+
+def at_once(environment: str, wanted: int) -> int:
+    """How many environments to have side by side: one of LIBERO's takes 1 to 2 GB of memory."""
+    return wanted if environment == "tabletop" else min(wanted, 2 * cpu_count())
 
 
 def make_environment(
