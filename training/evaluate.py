@@ -109,6 +109,7 @@ def evaluate(
             f"{task.environment} has the scenes 0 to {BENCHMARK_SCENES - 1}, and the evaluation "
             f"asks for {task.seed} to {task.seed + task.episodes - 1}"
         )
+    contract(task.environment)  # imports what it takes, here rather than in a worker
     bundle = open_bundle(task.policy)
     empty_model(bundle)  # or say now, in one line, what is wrong with it
     run = _on_gpu if pick_device(device).type == "cuda" else _on_cpu

@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=whole_number(1),
-        help="processes, or environments on a GPU (default: one a processor, or 128; of LIBERO two a "
-        "processor)",
+        help="processes, or environments on a GPU (default: one a processor, or 128; or two of "
+        "LIBERO's a processor)",
     )
     parser.add_argument(
         "--log", type=Path, help="keep every episode in this file (JSON lines); resumes from it"

@@ -26,7 +26,7 @@ from training.data.demonstrations import (
     write_shard,
     write_shards,
 )
-from training.envs.registry import make_environment
+from training.envs.registry import contract, make_environment
 from training.envs.vector import make_vector, share
 from training.rollout import Actor, roll
 
@@ -45,6 +45,7 @@ def collect_demonstrations(
     Raises:
         UserError: there is no expert for this environment, or it solved none of a shard's scenes.
     """
+    contract(environment)  # imports what it takes, here rather than in a worker
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(config.first_seed, config.first_seed + config.episodes)
     chunks = [seeds[i : i + EPISODES_PER_SHARD] for i in range(0, len(seeds), EPISODES_PER_SHARD)]

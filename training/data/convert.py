@@ -50,8 +50,10 @@ def read_libero(path: Path, image_size: int) -> Iterator[Episode]:
     Raises:
         UserError: the file is none of LIBERO's.
     """
-    import h5py
-
+    try:
+        import h5py
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: reading it needs h5py; pip install -e '.[libero]'") from None
     words = path.stem.removesuffix("_demo").split("_SCENE")[-1]
     instruction = re.sub(r"^\d+_", "", words).replace("_", " ")
     try:
@@ -98,8 +100,12 @@ def read_lerobot(
         UserError: it is another version, is damaged, or holds something else than this project's
             policies observe: joint positions and the gripper's opening.
     """
-    import pyarrow.parquet as pq
-
+    try:
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{directory}: reading it needs pyarrow; pip install -e '.[lerobot]'"
+        ) from None
     info = read_json(directory / "meta" / "info.json")
     key, is_video = _check_features(directory, info, camera)
     files = sorted((directory / "meta" / "episodes").glob("*/*.parquet"))

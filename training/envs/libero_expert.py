@@ -131,7 +131,8 @@ class Expert:
             turned = np.arccos(np.clip((np.trace(self._turned @ old.orientation.T) - 1) / 2, -1, 1))
             if moved < 0.02 and turned < 0.2:
                 return old
-        candidates = self._across() or self._at_rim()
+        middle = (0.0, self._shape.mean(0), np.append(self._fingers(), 0.0))
+        candidates = self._across() or self._at_rim() or [middle]
         _, position, axis = min(candidates, key=lambda candidate: candidate[0])
         self._grasp = Grasp(
             self._turned.T @ (position - self._at), self._turned.T @ axis, self._turned, self._at
