@@ -75,6 +75,10 @@ class Films:
     seeds: tuple[int, ...] = ()
     directory: Path = Path()
 
+    def path(self, seed: int) -> Path:
+        """Where the video of a scene is."""
+        return self.directory / f"{seed}.webm"
+
     def write(self, seed: int, frames: list[NDArray[np.uint8]], environment: str) -> None:
         """Write what the policy saw in a scene.
 
@@ -82,7 +86,7 @@ class Films:
             UserError: this OpenCV cannot write VP8.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"{seed}.webm"
+        path = self.path(seed)
         if not write_webm(path, frames, contract(environment).control_rate):
             raise UserError(f"{path}: this OpenCV cannot write VP8; evaluate without videos")
 
@@ -120,7 +124,8 @@ def evaluate(
     seeds = list(range(task.seed, task.seed + task.episodes))
     results = _resume(log, task, bundle.hash) if log else {}
     missing = [seed for seed in seeds if seed not in results]
-    if unfilmed := [seed for seed in films.seeds if seed not in missing]:
+    done = [seed for seed in films.seeds if seed not in missing]
+    if unfilmed := [seed for seed in done if not films.path(seed).exists()]:
         reason = "in the log already; name another" if unfilmed[0] in seeds else "not evaluated"
         raise UserError(f"scene {unfilmed[0]} cannot be filmed: it is {reason}")
     if on_libero:  # the scenes of a task one after another
@@ -171,7 +176,7 @@ def _units(bundle: Bundle, environment: str) -> NDArray[np.float64]:
 
     A checkpoint that was trained on LIBERO's own demonstrations acts in its controller's units.
     """
-    keys = [stage.get("unnorm_key") or "" for stage in bundle.provenance["stages"]]
+    keys = [stage.get("unnorm_key") or "" for stage in bundle.provenance.get("stages", [])]
     units = np.ones(bundle.config.action_codec.dimensions)
     if environment in libero.SUITES and any("libero" in key for key in keys):
         units[:6] = libero.ACTION_HIGH[:6]

@@ -14,6 +14,7 @@ from rlrc_ros.cli import eval as cli_eval
 from rlrc_ros.errors import UserError
 from training.config import load_config
 from training.envs import libero, registry
+from training.evaluate import _units
 
 CONFIGS = Path(__file__).parents[2] / "config" / "training"
 
@@ -65,6 +66,23 @@ def test_latency_and_swapped_instructions_are_the_tabletops():
         registry.make_environment("libero_goal", [0], latency=(0.0, 0.05))
     with pytest.raises(UserError, match="libero_goal_task"):
         registry.make_environment("libero_goal", [0], swap_instruction=True)
+
+
+@pytest.mark.parametrize(
+    "key, environment, moves",
+    [
+        ("libero_spatial_no_noops", "libero_spatial", [0.05] * 3 + [0.5] * 3 + [1]),
+        ("libero_spatial_no_noops", "tabletop", [1] * 7),
+        ("bridge_orig", "libero_spatial", [1] * 7),
+        (None, "libero_spatial", [1] * 7),
+    ],
+)
+def test_a_checkpoint_of_liberos_statistics_acts_in_the_controllers_units(
+    make_bundle, key, environment, moves
+):
+    stages = [{"stage": "original", "unnorm_key": key}, {"stage": "pruned"}]
+    bundle = dataclasses.replace(make_bundle(), provenance={"stages": stages})
+    np.testing.assert_allclose(_units(bundle, environment), moves)
 
 
 class TestWithTheExtra:
