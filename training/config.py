@@ -13,6 +13,9 @@ from rlrc_ros.vla.config import LayerWidths, QuantizationConfig, TowerConfig
 
 PRUNE_TARGETS = ("remove", "remove_of_llm", "max_bytes", "max_latency_ms")
 
+BENCHMARK_SCENES = 500
+"""Of a LIBERO suite: 10 tasks in 50 initial states."""
+
 LAST_SEED = 2**32 - 1
 """The largest seed that NumPy's global generator takes."""
 
@@ -323,7 +326,8 @@ class EvaluateConfig:
 class CompressConfig:
     """Everything from demonstrations to the quantized policy."""
 
-    environment: Literal["tabletop"]
+    environment: Literal["tabletop", "libero_object", "libero_spatial"]
+    """Where demonstrations are recorded and policies tried: where there is a scripted expert."""
     seed: int
     model: ModelConfig
     demonstrations: DemonstrationsConfig
@@ -337,6 +341,30 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LAST_SEED:
             raise UserError(f"'seed' is {self.seed}, and must be from 0 to {LAST_SEED}")
+        if self.environment != "tabletop":
+            self._check_libero()
+
+    def _check_libero(self) -> None:
+        """Keep to the published protocol, and its initial states to the evaluation."""
+        demonstrations, judged = self.demonstrations, self.evaluate
+        if any(demonstrations.latency) or demonstrations.vary_view:
+            raise UserError(
+                f"demonstrations: {self.environment} is simulated as published; set 'latency' to "
+                "[0, 0] and 'vary_view' to false"
+            )
+        corrections = (*self.sft.corrections, *self.recovery.corrections)
+        seeds = [demonstrations.first_seed, self.rl.first_seed]
+        for first in (*seeds, *(each.first_seed for each in corrections)):
+            if first < BENCHMARK_SCENES:
+                raise UserError(
+                    f"'first_seed' is {first}: {self.environment}'s scenes below "
+                    f"{BENCHMARK_SCENES} are the benchmark's own, and only for 'evaluate'"
+                )
+        if judged.first_seed + judged.episodes > BENCHMARK_SCENES:
+            raise UserError(
+                f"evaluate: {self.environment} has {BENCHMARK_SCENES} scenes; 'first_seed' and "
+                "'episodes' go beyond them"
+            )
 
 
 def stated(config: Any) -> dict[str, Any]:

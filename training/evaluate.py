@@ -1,6 +1,7 @@
 """Evaluate a policy over many scenes.
 
     rlrc eval --policy tabletop-original --env tabletop --episodes 200 --seed 0
+    rlrc eval --policy runs/libero/original --env libero_object --episodes 500
 
 Scene `seed + i` is episode i, for every policy the same. On a CPU each process runs its own policy,
 one observation at a time, as a robot would, so the latencies are a robot's too. On a GPU many
@@ -12,21 +13,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.files import write_atomically
 from rlrc_ros.trials.statistics import clopper_pearson, paired_difference
-from rlrc_ros.vla.bundle import open_bundle
+from rlrc_ros.video import write_webm
+from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.policy import empty_model
 from training.common import cpu_count, parallel_map, pick_device
-from training.envs.tabletop import SeededTabletop
-from training.envs.vector import make_vector
+from training.config import BENCHMARK_SCENES
+from training.envs import libero
+from training.envs.registry import at_once, contract, make_environment
+from training.envs.vector import make_vector, share
 from training.rollout import Actor, roll
 
 ENVIRONMENTS = 128
@@ -52,6 +58,8 @@ class Evaluation:
     policy: Path
     episodes: int
     seed: int
+    environment: str = "tabletop"
+    """One of `training.envs.registry.ENVIRONMENTS`."""
     swap_instruction: bool = False
     """Show another valid instruction than the one that success is judged by."""
     latency: tuple[float, float] = (0.0, 0.0)
@@ -60,17 +68,52 @@ class Evaluation:
     dtype: str = "auto"
 
 
+@dataclass(frozen=True)
+class Films:
+    """Which scenes to film, by seed, and where to put the videos, `SEED.webm`."""
+
+    seeds: tuple[int, ...] = ()
+    directory: Path = Path()
+
+    def path(self, seed: int) -> Path:
+        """Where the video of a scene is."""
+        return self.directory / f"{seed}.webm"
+
+    def write(self, seed: int, frames: list[NDArray[np.uint8]], environment: str) -> None:
+        """Write what the policy saw in a scene.
+
+        Raises:
+            UserError: this OpenCV cannot write VP8.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.path(seed)
+        if not write_webm(path, frames, contract(environment).control_rate):
+            raise UserError(f"{path}: this OpenCV cannot write VP8; evaluate without videos")
+
+
 def evaluate(
-    task: Evaluation, device: str | None = None, workers: int | None = None, log: Path | None = None
+    task: Evaluation,
+    device: str | None = None,
+    workers: int | None = None,
+    log: Path | None = None,
+    films: Films = Films(),
 ) -> list[EpisodeResult]:
     """Run the episodes; those in `log`, from a run that was interrupted, are not run again.
 
     Returns them in the order of seeds.
 
     Raises:
-        UserError: the policy is damaged or does not fit, the log belongs to another evaluation, the
-            device cannot be used or not with this engine or dtype, or a worker process died.
+        UserError: the policy is damaged or does not fit, there are not so many scenes, the log
+            belongs to another evaluation or has a scene that should be filmed, the device cannot be
+            used or not with this engine or dtype, or a worker process died.
     """
+    on_libero = task.environment in libero.SUITES
+    if on_libero and task.seed + task.episodes > BENCHMARK_SCENES:
+        raise UserError(
+            f"{task.environment} has the scenes 0 to {BENCHMARK_SCENES - 1}, and the evaluation "
+            f"asks for {task.seed} to {task.seed + task.episodes - 1}"
+        )
+    contract(task.environment)  # imports what it takes, here rather than in a worker
     bundle = open_bundle(task.policy)
     empty_model(bundle)  # or say now, in one line, what is wrong with it
     run = _on_gpu if pick_device(device).type == "cuda" else _on_cpu
@@ -81,11 +124,17 @@ def evaluate(
     seeds = list(range(task.seed, task.seed + task.episodes))
     results = _resume(log, task, bundle.hash) if log else {}
     missing = [seed for seed in seeds if seed not in results]
+    done = [seed for seed in films.seeds if seed not in missing]
+    if unfilmed := [seed for seed in done if not films.path(seed).exists()]:
+        reason = "in the log already; name another" if unfilmed[0] in seeds else "not evaluated"
+        raise UserError(f"scene {unfilmed[0]} cannot be filmed: it is {reason}")
+    if on_libero:  # the scenes of a task one after another
+        missing.sort(key=libero.scene_of)
     file = log.open("a") if log else None
     with tqdm(
         total=len(seeds), initial=len(results), desc=f"eval {task.policy.name}", unit="episode"
     ) as bar:
-        for result in run(task, missing, workers):
+        for result in run(task, missing, workers, films):
             results[result.seed] = result
             if file:
                 file.write(json.dumps(asdict(result)) + "\n")
@@ -103,7 +152,10 @@ def _resume(log: Path, task: Evaluation, policy: str) -> dict[int, EpisodeResult
 
     Leaves the log with whole lines only, the header at least.
     """
-    header = json.dumps({**asdict(task), "policy": policy}) + "\n"
+    stated = asdict(task)
+    if task.environment == "tabletop":  # as before there was a choice
+        del stated["environment"]
+    header = json.dumps({**stated, "policy": policy}) + "\n"
     written = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in written.splitlines(keepends=True) if line.endswith("\n")]
     if not lines and header.startswith(written):  # new, or killed while writing its first line
@@ -119,24 +171,46 @@ def _resume(log: Path, task: Evaluation, policy: str) -> dict[int, EpisodeResult
     }
 
 
-def _on_cpu(task: Evaluation, seeds: list[int], workers: int | None) -> Iterator[EpisodeResult]:
+def _units(bundle: Bundle, environment: str) -> NDArray[np.float64]:
+    """(D,): what the policy's 1 is, in metres, radians and opening.
+
+    A checkpoint that was trained on LIBERO's own demonstrations acts in its controller's units.
+    """
+    keys = [stage.get("unnorm_key") or "" for stage in bundle.provenance.get("stages", [])]
+    units = np.ones(bundle.config.action_codec.dimensions)
+    if environment in libero.SUITES and any("libero" in key for key in keys):
+        units[:6] = libero.ACTION_HIGH[:6]
+    return units
+
+
+def _on_cpu(
+    task: Evaluation, seeds: list[int], workers: int | None, films: Films
+) -> Iterator[EpisodeResult]:
     count = min(workers or cpu_count(), max(1, len(seeds)))
-    yield from parallel_map(_episode, seeds, count, _start, (task,))
+    yield from parallel_map(_episode, seeds, count, _start, (task, films))
 
 
 _worker: dict[str, Any] = {}
 
 
-def _start(task: Evaluation) -> None:
+def _start(task: Evaluation, films: Films) -> None:
     """Give this process its own policy and environment, on one thread."""
     import torch
 
     from rlrc_ros.vla.policy import load_policy
 
     torch.set_num_threads(1)
-    _worker["policy"] = load_policy(task.policy, engine=task.engine, dtype=task.dtype)  # type: ignore[arg-type]
-    _worker["policy"].warm_up()
-    _worker["env"] = SeededTabletop([], task.latency, task.swap_instruction)
+    policy = load_policy(task.policy, engine=task.engine, dtype=task.dtype)  # type: ignore[arg-type]
+    policy.warm_up()
+    _worker.update(policy=policy, films=films, environment=task.environment)
+    _worker["units"] = _units(policy.bundle, task.environment)
+    _worker["env"] = make_environment(
+        task.environment,
+        [],
+        image_size=policy.config.architecture.towers[0].image_size,
+        latency=task.latency,
+        swap_instruction=task.swap_instruction,
+    )
 
 
 def _episode(seed: int) -> EpisodeResult:
@@ -147,14 +221,21 @@ def _episode(seed: int) -> EpisodeResult:
     env.set_seeds([seed])
     seen, told = env.reset()
     latencies: list[float] = []
+    frames: list[NDArray[np.uint8]] = []
+    filmed = seed in _worker["films"].seeds
     ended = False
     while not ended:
+        if filmed:
+            frames.append(seen["image"])
         chunk = policy.act(
             Observation({camera: seen["image"]}, told["instruction"], seen["proprioception"])
         )
         latencies.append(chunk.latency_ms["total"])
-        seen, _, terminated, truncated, told = env.step(chunk.actions[0])
+        action = chunk.actions[0] * _worker["units"]
+        seen, _, terminated, truncated, told = env.step(action)
         ended = terminated or truncated
+    if filmed:
+        _worker["films"].write(seed, [*frames, seen["image"]], _worker["environment"])
     return EpisodeResult(
         seed,
         told["family"],
@@ -165,39 +246,54 @@ def _episode(seed: int) -> EpisodeResult:
     )
 
 
-def _on_gpu(task: Evaluation, seeds: list[int], workers: int | None) -> Iterator[EpisodeResult]:
+def _on_gpu(
+    task: Evaluation, seeds: list[int], workers: int | None, films: Films
+) -> Iterator[EpisodeResult]:
     from rlrc_ros.vla.action_codec import ActionCodec
     from rlrc_ros.vla.policy import load_openvla
     from rlrc_ros.vla.processor import Processor
 
     device = pick_device("cuda")
     bundle = open_bundle(task.policy)
+    codec, units = bundle.config.action_codec, _units(bundle, task.environment)
+    scaled = replace(codec, q01=tuple(codec.q01 * units), q99=tuple(codec.q99 * units))
     actor = Actor(
         load_openvla(bundle, device),
         Processor(bundle.config, bundle.tokenizer()),
-        ActionCodec(bundle.config.action_codec),
+        ActionCodec(scaled),
         device,
-        min(workers or ENVIRONMENTS, max(1, len(seeds))),
+        min(workers or at_once(task.environment, ENVIRONMENTS), max(1, len(seeds))),
     )
-    yield from batched_episodes(actor, seeds, task.latency, task.swap_instruction)
+    yield from batched_episodes(actor, seeds, task, films)
 
 
 def batched_episodes(
-    actor: Actor, seeds: list[int], latency: tuple[float, float], swap_instruction: bool = False
+    actor: Actor,
+    seeds: list[int],
+    task: Evaluation,
+    films: Films = Films(),
 ) -> Iterator[EpisodeResult]:
     """One policy for all environments, a batch a step."""
     venv = make_vector(
-        lambda i, n: seeds[i::n],
+        partial(share, seeds),
         actor.environments,
-        latency=latency,
-        swap_instruction=swap_instruction,
+        task.environment,
+        image_size=actor.image_size,
+        latency=task.latency,
+        swap_instruction=task.swap_instruction,
     )
     steps = np.zeros(actor.environments, int)
+    frames: dict[int, list[NDArray[np.uint8]]] = {}
     for step in roll(actor, venv):
         steps += 1
+        for i in step.active:
+            if (seed := step.told[i]["seed"]) in films.seeds:
+                frames.setdefault(seed, []).append(step.observation["image"][i].copy())
         for i in step.ended:
             told = step.infos[i]
             facts = {key: told[key] for key in ("seed", "family", "instruction", "success")}
+            if told["seed"] in frames:
+                films.write(told["seed"], frames.pop(told["seed"]), task.environment)
             yield EpisodeResult(**facts, steps=int(steps[i]))
             steps[i] = 0
 

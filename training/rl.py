@@ -339,6 +339,7 @@ def run(
     device: torch.device,
     work: Path,
     latency: tuple[float, float],
+    environment: str = "tabletop",
 ) -> dict[str, Any]:
     """Train in place, resuming from `work` where an earlier run was killed.
 
@@ -355,7 +356,10 @@ def run(
     processor, codec = trainable.processor, trainable.codec
     began = time.perf_counter()
     # Each update gives every environment its scenes.
-    venv = make_vector(lambda *_: range(0), config.environments, latency=latency)
+    size = trainable.config.architecture.towers[0].image_size
+    venv = make_vector(
+        lambda *_: range(0), config.environments, environment, latency=latency, image_size=size
+    )
     algorithm = RecoveryPPO(
         TokenPolicy,
         TokenActions(venv, codec),

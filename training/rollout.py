@@ -115,7 +115,12 @@ class _Graph:
 
 
 class Actor:
-    """Acts greedily in a fixed number of environments, in float32."""
+    """Acts greedily in a fixed number of environments, in float32.
+
+    Attributes:
+        environments: how many.
+        image_size: pixels, height and width of the images it looks at.
+    """
 
     def __init__(
         self,
@@ -126,6 +131,7 @@ class Actor:
         environments: int,
     ) -> None:
         self.environments = environments
+        self.image_size = processor.config.architecture.towers[0].image_size
         self._model, self._codec = model, codec
         self._decoder = None if isinstance(model, OpenVLAOFT) else Decoder(model, environments)
         self._batch = Batcher(processor, device)

@@ -47,6 +47,7 @@ from training.common import (
 from training.config import SftConfig
 from training.data.collect import collect_corrections
 from training.data.demonstrations import Demonstrations, read
+from training.envs.registry import at_once
 from training.rollout import Actor
 
 
@@ -545,6 +546,7 @@ def run(
     work: Path,
     latency: tuple[float, float],
     teacher: OpenVLA | None = None,
+    environment: str = "tabletop",
 ) -> dict[str, Any]:
     """Train on demonstrations and the corrections collected on the way.
 
@@ -558,9 +560,9 @@ def run(
     def correct(number: int, model: OpenVLA) -> None:
         place, wanted = work / f"corrections-{number}", config.corrections[number]
         if not place.exists():
-            environments = min(wanted.episodes, 8 * cpu_count())
+            environments = at_once(environment, min(wanted.episodes, 8 * cpu_count()))
             actor = Actor(model, trainable.processor, trainable.codec, device, environments)
-            collect_corrections(place, actor, wanted, latency)
+            collect_corrections(place, actor, wanted, latency, environment)
         batches.take(place)
 
     began = time.perf_counter()

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
         "config",
-        help="the run's YAML: a file, or tabletop or tiny for the package's own",
+        help="the run's YAML: a file, or the name of one of the package's own (tabletop, tiny, "
+        "libero_object, libero_spatial)",
     )
     parser.add_argument(
         "--out",

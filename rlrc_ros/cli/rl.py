@@ -32,4 +32,5 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
         device=pick_device(arguments.device),
         work=work_directory(arguments, config, trainable),
         latency=config.demonstrations.latency,
+        environment=config.environment,
     )

@@ -51,4 +51,5 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
         **where,
         latency=config.demonstrations.latency,
         teacher=load_trainable(arguments.teacher, device).model if arguments.teacher else None,
+        environment=config.environment,
     )

@@ -29,8 +29,8 @@ def add_stage_arguments(
     """Add the arguments every stage takes; `demonstrations`: whether there must be some."""
     parser.add_argument(
         "config",
-        help="the pipeline's YAML, of which the stage's section is used: a file, or tabletop or "
-        "tiny for the package's own",
+        help="the pipeline's YAML, of which the stage's section is used: a file, or the "
+        "name of one of the package's own (tabletop, tiny, libero_object, libero_spatial)",
     )
     parser.add_argument(
         "--policy",
@@ -78,7 +78,7 @@ def run_stage(
     else:
         seed_everything(arguments.seed)
         seen = np.concatenate([read_proprioception(d) for d in arguments.demonstrations])
-        trainable = new_trainable(config.model, seen, device)
+        trainable = new_trainable(config.model, seen, device, config.environment)
     facts = stage(arguments, config, trainable)
     bundle = trainable.save(arguments.out, name, **facts)
     forget_checkpoints(_work(arguments))

@@ -61,7 +61,11 @@ class Cameras:
         if camera not in CAMERAS:
             raise UserError(f"no camera '{camera}'; there are: {', '.join(CAMERAS)}")
         if size not in self._renderers:
-            self._renderers[size] = _make_renderer(self._model, size)
+            height, width = (SUPERSAMPLING * length for length in size)
+            renderer = make_renderer(self._model, height, width)
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+            self._renderers[size] = renderer
         renderer = self._renderers[size]
         renderer.update_scene(data, camera)
         image = renderer.render()
@@ -76,19 +80,22 @@ class Cameras:
 _live: weakref.WeakSet[mujoco.Renderer] = weakref.WeakSet()
 
 
-def _make_renderer(model: mujoco.MjModel, size: tuple[int, int]) -> mujoco.Renderer:
-    height, width = (SUPERSAMPLING * length for length in size)
+def make_renderer(
+    model: mujoco.MjModel, height: int, width: int, max_geom: int = 100
+) -> mujoco.Renderer:
+    """A renderer of exactly this size, freed before the process ends.
+
+    Raises UserError where OpenGL is missing.
+    """
     # The framebuffer is cleared whole for every frame, so it is no larger than the image.
     model.vis.global_.offheight, model.vis.global_.offwidth = height, width
     try:
-        renderer = mujoco.Renderer(model, height, width, max_geom=100)
+        renderer = mujoco.Renderer(model, height, width, max_geom=max_geom)
     except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
         raise UserError(
-            f"cannot render ({error}); MUJOCO_GL must be egl before anything imports mujoco, "
-            f"and EGL needs: {APT_LINE}"
+            f"cannot render ({error}); MUJOCO_GL must be egl (or osmesa) before anything imports "
+            f"mujoco, and EGL needs: {APT_LINE}"
         ) from error
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     if not _live:
         # The first renderer had MuJoCo register the end of its display: this runs before that.
         atexit.register(_close_live)

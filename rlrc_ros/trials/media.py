@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.profile import RobotProfile
 from rlrc_ros.rollouts.bag import read_messages
 from rlrc_ros.trials.frames import EpisodeFrames, FrameStrip
+from rlrc_ros.video import write_webm
 
 FRAME_RATE = 10.0
 """Frames per second that are kept of a recording, and of a clip."""
@@ -131,15 +130,9 @@ def side_by_side(
                        for k in range(count)])  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "pair.webm"
-        first = _beside([panel[0] for panel in panels])
-        size = (first.shape[1], first.shape[0])
-        with _quiet():  # the tag is unknown to OpenCV's list for WebM, the codec is not
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"VP80"), FRAME_RATE, size)
-        if not writer.isOpened():
+        frames = (_beside([panel[k] for panel in panels]) for k in range(count))
+        if not write_webm(path, frames, FRAME_RATE):
             return None
-        for k in range(count):
-            writer.write(cv2.cvtColor(_beside([p[k] for p in panels]), cv2.COLOR_RGB2BGR))
-        writer.release()
         content = path.read_bytes()
     return Clip(pair, caption, "data:video/webm;base64," + base64.b64encode(content).decode())
 
@@ -180,16 +173,3 @@ def _small(image: np.ndarray) -> np.ndarray:
     if scale >= 1:
         return image
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what C code prints to standard error."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nothing:  # noqa: PTH123
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

@@ -159,8 +159,9 @@ def _open_checkpoint(path: Path, unnorm_key: str | None) -> Bundle:
     checkpoint = openvla_checkpoint.read_checkpoint(path)
     config = checkpoint.bundle_config(unnorm_key)
     parts = [*map(path.joinpath, openvla_checkpoint.FILES), *checkpoint.weights.files.values()]
-    origin = {"parent": None, "stages": [{"stage": "original", "unnorm_key": unnorm_key}]}
     keys = tuple(checkpoint.statistics)
+    scale = keys[0] if unnorm_key is None and len(keys) == 1 else unnorm_key
+    origin = {"parent": None, "stages": [{"stage": "original", "unnorm_key": scale}]}
     ambiguous = unnorm_key is None and len(keys) > 1
     return Bundle(path, config, origin, _hash_of(parts), keys if ambiguous else ())
 

@@ -17,7 +17,7 @@ def test_the_difference_of_two_policies_and_a_log_cut_off_in_its_first_line(
 ):
     log = tmp_path / "logs" / "eval.jsonl"
     words = ["eval", "--policy", "tabletop-original", "--against", "tabletop-compressed"]
-    words += ["--episodes", "1", "--device", "cpu", "--workers", "1", "--log", log]
+    words += ["--episodes", "1", "--device", "cpu", "--workers", "1", "--log", log, "--video", "0"]
     status, printed, _ = rlrc(*words, "--json")
     found = json.loads(printed)
     assert status == 0 and found["policy"] == "tabletop-original"
@@ -31,7 +31,11 @@ def test_the_difference_of_two_policies_and_a_log_cut_off_in_its_first_line(
     assert status == 0
     assert log.read_text().splitlines()[0] == whole.splitlines()[0]
     assert "tabletop-original minus tabletop-compressed, same scenes: +0.0 points" in printed
-    assert sorted(p.name for p in log.parent.iterdir()) == ["eval-against.jsonl", "eval.jsonl"]
+    logs = ["eval-against.jsonl", "eval.jsonl"]
+    assert sorted(p.name for p in log.parent.glob("*.*")) == logs
+    for name in ("eval-videos", "eval-against-videos"):
+        (video,) = (log.parent / name).iterdir()
+        assert video.name == "0.webm" and video.stat().st_size > 1000
 
 
 def test_a_policy_that_does_not_fit_the_scenes_is_told_in_one_line(rlrc, tmp_path, make_bundle):
@@ -41,3 +45,25 @@ def test_a_policy_that_does_not_fit_the_scenes_is_told_in_one_line(rlrc, tmp_pat
     assert status == 2 and printed == "" and "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith("rlrc eval: the policy does not know these words of the instruction")
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--video", "3"], "the videos are kept beside the log; add --log FILE"),
+        (["--env", "libero_goal", "--seed", "450"], "asks for 450 to 549"),
+        (["--env", "kitchen"], "invalid choice: 'kitchen'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_in_one_line(refused, shipped, words, told):
+    assert told in refused("eval", "--policy", "tabletop-original", "--device", "cpu", *words)
+
+
+def test_a_scene_that_was_not_filmed_is_not_filmed_later(refused, shipped, tmp_path, rlrc):
+    log = tmp_path / "eval.jsonl"
+    words = ["eval", "--policy", "tabletop-original", "--episodes", "1", "--device", "cpu"]
+    words += ["--seed", "7", "--log", log]
+    assert rlrc(*words)[0] == 0
+    line = refused(*words, "--video", "7")
+    assert "scene 7 cannot be filmed: it is in the log already; name another" in line
+    assert "scene 8 cannot be filmed: it is not evaluated" in refused(*words, "--video", "8")

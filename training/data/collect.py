@@ -1,6 +1,6 @@
 """Record demonstrations from the scripted expert, and corrections of a policy by it.
 
-python -m training.data.collect --out runs/demos --episodes 50 --first-seed 1000000
+python -m training.data.collect --config config/training/tabletop.yaml --out runs/demos
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,44 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from rlrc_ros.sim.expert import expert_action
-from rlrc_ros.sim.tabletop import TabletopEnv
+from rlrc_ros.errors import UserError
 from training.common import cpu_count, parallel_map
 from training.config import CorrectionsConfig, DemonstrationsConfig, load_config
 from training.data.demonstrations import (
     EPISODES_PER_SHARD,
     Episode,
-    encode_png,
     write_shard,
+    write_shards,
 )
-from training.envs.vector import make_vector
+from training.envs.registry import contract, make_environment
+from training.envs.vector import make_vector, share
 from training.rollout import Actor, roll
 
 
 def collect_demonstrations(
-    out: Path, config: DemonstrationsConfig, workers: int | None = None
+    out: Path,
+    config: DemonstrationsConfig,
+    workers: int | None = None,
+    environment: str = "tabletop",
+    image_size: int = 128,
 ) -> None:
     """Record successful episodes of the expert.
 
     Shards that are there already are not made again.
+
+    Raises:
+        UserError: there is no expert for this environment, or it solved none of a shard's scenes.
     """
+    contract(environment)  # imports what it takes, here rather than in a worker
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(config.first_seed, config.first_seed + config.episodes)
     chunks = [seeds[i : i + EPISODES_PER_SHARD] for i in range(0, len(seeds), EPISODES_PER_SHARD)]
-    jobs = [(out / f"shard-{i:05d}.safetensors", chunk, config) for i, chunk in enumerate(chunks)]
-    jobs = [job for job in jobs if not job[0].exists()]
+    paths = [out / f"shard-{i:05d}.safetensors" for i in range(len(chunks))]
+    jobs = [
+        (path, chunk, config, environment, image_size)
+        for path, chunk in zip(paths, chunks, strict=True)
+        if not path.exists()
+    ]
     with tqdm(
         total=len(chunks), initial=len(chunks) - len(jobs), desc="demonstrations", unit="shard"
     ) as bar:
@@ -49,36 +62,40 @@ def collect_demonstrations(
             bar.update()
 
 
-def _record_shard(job: tuple[Path, Iterable[int], DemonstrationsConfig]) -> None:
-    path, seeds, config = job
-    env = TabletopEnv(latency=config.latency)
-    episodes = (_record_episode(env, seed, config) for seed in seeds)
-    write_shard(path, [episode for episode in episodes if episode.facts["success"]])
-    env.close()
+def _record_shard(job: tuple[Path, Sequence[int], DemonstrationsConfig, str, int]) -> None:
+    path, seeds, config, environment, size = job
+    env = make_environment(environment, [], latency=config.latency, label=True, image_size=size)
+    try:
+        episodes = [_record_episode(env, seed, config) for seed in seeds]
+    finally:
+        env.close()
+    solved = [episode for episode in episodes if episode.facts["success"]]
+    if not solved:
+        raise UserError(
+            f"{environment}: the expert solved none of the scenes {seeds[0]} to {seeds[-1]}; "
+            "lower the noise, or take other scenes"
+        )
+    write_shard(path, solved)
 
 
-def _record_episode(env: TabletopEnv, seed: int, config: DemonstrationsConfig) -> Episode:
+def _record_episode(env: Any, seed: int, config: DemonstrationsConfig) -> Episode:
     rng = np.random.default_rng([seed, 11])
     # Every disturbed episode has its own strength, up to twice the mean.
     strength = rng.uniform(0, 2) if rng.random() < config.disturbed_share else 0.0
     recording = _Recording()
-    observation, _ = env.reset(seed=seed)
-    ended = success = False
+    env.set_seeds([seed])
+    observation, told = env.reset()
+    ended = False
     while not ended:
-        label = expert_action(env.world)
-        png, grounding = encode_png(observation["image"]), env.world.grounding()
-        recording.add(png, observation["proprioception"], label, grounding)
+        label = told["expert_action"]
+        recording.add(told["png"], observation["proprioception"], label, told["grounding"])
         if config.vary_view:
             env.world.change_view(rng)
-        observation, _, success, truncated, _ = env.step(_disturb(label, strength, config, rng))
+        action = _disturb(label, strength, config, rng)
+        observation, _, success, truncated, told = env.step(action)
         ended = success or truncated
-    return recording.episode(
-        seed=seed,
-        family=env.world.scene.family,
-        instruction=env.world.scene.instruction,
-        success=success,
-        source="expert",
-    )
+    facts = {key: told[key] for key in ("seed", "family", "instruction", "success")}
+    return recording.episode(**facts, source="expert")
 
 
 def _disturb(
@@ -120,15 +137,21 @@ class _Recording:
 
 
 def collect_corrections(
-    out: Path, actor: Actor, config: CorrectionsConfig, latency: tuple[float, float]
+    out: Path,
+    actor: Actor,
+    config: CorrectionsConfig,
+    latency: tuple[float, float],
+    environment: str = "tabletop",
 ) -> float:
     """Let a policy act greedily and record what the expert would have done in every state.
 
     Returns the policy's success rate over these episodes.
     """
     venv = make_vector(
-        lambda i, n: range(config.first_seed + i, config.first_seed + config.episodes, n),
+        partial(share, range(config.first_seed, config.first_seed + config.episodes)),
         actor.environments,
+        environment,
+        image_size=actor.image_size,
         latency=latency,
         label=True,
         max_steps=config.max_steps,
@@ -148,13 +171,11 @@ def collect_corrections(
                 recordings[i] = _Recording()
                 bar.update()
                 bar.set_postfix(success=f"{np.mean([e.facts['success'] for e in finished]):.3f}")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for number, start in enumerate(range(0, len(finished), EPISODES_PER_SHARD)):
-        shard = finished[start : start + EPISODES_PER_SHARD]
-        write_shard(partial / f"shard-{number:05d}.safetensors", shard)
-    partial.rename(out)
+    unfinished = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write_shards(unfinished, finished)
+    unfinished.rename(out)
     return float(np.mean([episode.facts["success"] for episode in finished]))
 
 
@@ -167,9 +188,13 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, help="instead of the configuration's")
     arguments = parser.parse_args()
     given = {"episodes": arguments.episodes, "first_seed": arguments.first_seed}
-    config = load_config(arguments.config).demonstrations
-    config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
-    collect_demonstrations(arguments.out, config)
+    config = load_config(arguments.config)
+    wanted = {k: v for k, v in given.items() if v is not None}
+    demonstrations = dataclasses.replace(config.demonstrations, **wanted)
+    size = config.model.tower.image_size
+    collect_demonstrations(
+        arguments.out, demonstrations, environment=config.environment, image_size=size
+    )
 
 
 if __name__ == "__main__":

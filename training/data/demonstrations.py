@@ -8,9 +8,10 @@ header. A shard is written under a temporary name and renamed, so every shard th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,16 @@ def write_shard(path: Path, episodes: Sequence[Episode]) -> None:
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, {"episodes": json.dumps(facts), "cameras": str(cameras)})
     partial.replace(path)
+
+
+def write_shards(directory: Path, episodes: Iterable[Episode]) -> int:
+    """Write episodes into a directory that is there and empty; returns how many."""
+    count, rest = 0, iter(episodes)
+    while shard := list(islice(rest, EPISODES_PER_SHARD)):
+        number = count // EPISODES_PER_SHARD
+        write_shard(directory / f"shard-{number:05d}.safetensors", shard)
+        count += len(shard)
+    return count
 
 
 @dataclass

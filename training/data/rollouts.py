@@ -13,7 +13,7 @@ from rlrc_ros.rollouts.alignment import Step
 from rlrc_ros.rollouts.export import Rollout
 from rlrc_ros.vla.config import BundleConfig
 from rlrc_ros.vla.processor import Processor
-from training.data.demonstrations import EPISODES_PER_SHARD, Episode, encode_png, write_shard
+from training.data.demonstrations import Episode, encode_png, write_shards
 
 
 class SftStep(NamedTuple):
@@ -44,19 +44,7 @@ class SftEncoder:
 
 def write_sft(directory: Path, rollouts: Iterable[Rollout[SftStep]]) -> None:
     """Write shards of episodes into a directory that is there and empty."""
-    waiting: list[Episode] = []
-    number = 0
-    for rollout in rollouts:
-        waiting.append(_episode(rollout))
-        if len(waiting) == EPISODES_PER_SHARD:
-            write_shard(_shard(directory, number), waiting)
-            waiting, number = [], number + 1
-    if waiting:
-        write_shard(_shard(directory, number), waiting)
-
-
-def _shard(directory: Path, number: int) -> Path:
-    return directory / f"shard-{number:05d}.safetensors"
+    write_shards(directory, map(_episode, rollouts))
 
 
 def _episode(rollout: Rollout[SftStep]) -> Episode:

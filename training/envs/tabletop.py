@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
+from rlrc_ros.sim.world import World
 from training.data.demonstrations import encode_png
 
 TEXT_BYTES = 100
@@ -60,6 +61,11 @@ class SeededTabletop(gym.Env):
         spaces["instruction"] = gym.spaces.Box(0, 255, (TEXT_BYTES,), np.uint8)
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = self._env.action_space
+
+    @property
+    def world(self) -> World:
+        """The simulation."""
+        return self._env.world
 
     def set_seeds(self, seeds: Iterable[int]) -> None:
         """Take scenes from another list from the next reset on."""

@@ -1,8 +1,8 @@
-"""Many tabletops at once, each in a process of its own, for batched rollouts."""
+"""Many environments at once, each in a process of its own, for batched rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from gymnasium import Env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from training.common import fork_server, leave_ctrl_c_to_parent
-from training.envs.tabletop import SeededTabletop
+from training.envs.registry import make_environment
 
 
 class Environments(SubprocVecEnv):
@@ -30,22 +30,32 @@ class Environments(SubprocVecEnv):
 
 
 def make_vector(
-    seeds: Callable[[int, int], Iterable[int]], environments: int, **kwargs: Any
+    seeds: Callable[[int, int], Iterable[int]],
+    environments: int,
+    environment: str = "tabletop",
+    **kwargs: Any,
 ) -> VecEnv:
     """Environments side by side; a single one runs in this process.
 
     Args:
         seeds: called with (index, environments), gives that environment's seeds.
         environments: how many.
-        kwargs: passed on to `SeededTabletop`.
+        environment: which.
+        kwargs: passed on to `make_environment`.
     """
     makers = [
-        partial(SeededTabletop, seeds(i, environments), **kwargs) for i in range(environments)
+        partial(make_environment, environment, seeds(i, environments), **kwargs)
+        for i in range(environments)
     ]
     if environments == 1:
         return DummyVecEnv(makers)  # type: ignore[arg-type]
     fork_server()
     return Environments([partial(_in_worker, make) for make in makers], start_method="forkserver")
+
+
+def share(seeds: Sequence[int], index: int, environments: int) -> Sequence[int]:
+    """One environment's part of a list, in a row: neighbours are often of the same task."""
+    return seeds[len(seeds) * index // environments : len(seeds) * (index + 1) // environments]
 
 
 def _in_worker(make: Callable[[], Env]) -> Env:
