@@ -67,6 +67,8 @@ class GuardLimits:
     max_tilt: float = Limits.max_tilt
     max_gripper_rate: float = Limits.max_gripper_rate
     controller_timeout: float = Limits.controller_timeout
+    policy_lease: float = Limits.policy_lease
+    """s; longer where the policy node is on another machine than the guard."""
 
     def __post_init__(self) -> None:
         try:

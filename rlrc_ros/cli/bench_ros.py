@@ -125,7 +125,8 @@ def _table(facts: dict[str, Any]) -> str:
         ),
         "guard": (
             f"jitter at {guard['rate']:g} Hz: p99 {guard['jitter_ms']['p99']:.2f} ms of"
-            f" {guard['intervals']} intervals",
+            f" {guard['intervals']} intervals; the policy {guard['false_alarms']} times taken for"
+            " dead",
             f"≤ {guard['bar']['p99_ms']:g} ms",
         ),
         "stop": (

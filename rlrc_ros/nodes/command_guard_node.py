@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.duration import Duration
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
+from rclpy.qos import LivelinessPolicy, QoSProfile
 from rlrc.msg import GuardStatus, PolicyCommand
 from std_msgs.msg import Bool, Float64MultiArray
 from std_srvs.srv import Trigger
@@ -32,6 +34,7 @@ from rlrc_ros.nodes import common
 from rlrc_ros.pose_target import PoseTarget
 
 if TYPE_CHECKING:
+    from rclpy.event_handler import QoSLivelinessChangedInfo
     from rclpy.subscription import MessageInfo
 
 _ANY = (-1000.0, 1000.0)
@@ -71,7 +74,15 @@ class CommandGuardNode(Node):
 
         # Deeper than the latest one: a second publisher must not push out, unseen and uncounted,
         # what the first one commands.
-        self.create_subscription(PolicyCommand, "policy_command", self._on_command, 10)
+        qos = QoSProfile(
+            depth=10,
+            liveliness=LivelinessPolicy.AUTOMATIC,
+            liveliness_lease_duration=Duration(seconds=limits.policy_lease),
+        )
+        events = SubscriptionEventCallbacks(liveliness=self._on_liveliness)
+        self.create_subscription(
+            PolicyCommand, "policy_command", self._on_command, qos, event_callbacks=events
+        )
         self.create_subscription(PoseStamped, "ee_pose", self._on_pose, common.SENSOR_QOS)
         self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, 10)
         self.create_service(Trigger, "~/stop", self._on_stop)
@@ -117,6 +128,13 @@ class CommandGuardNode(Node):
         )
         if rejection:
             self.get_logger().warning(f"dropped: {rejection}", throttle_duration_sec=5.0)
+
+    def _on_liveliness(self, change: QoSLivelinessChangedInfo) -> None:
+        # Not by the counts of who is alive: those that are dead stay in them for many seconds.
+        if change.not_alive_count_change > 0:
+            self._guard.hear(False)
+        elif change.not_alive_count_change < 0 and change.alive_count_change > 0:
+            self._guard.hear(True)
 
     def _on_pose(self, message: PoseStamped) -> None:
         header, q = message.header, message.pose.orientation
@@ -263,6 +281,9 @@ def _limits(node: Node) -> Limits:
         max_tilt=number("max_tilt", "greatest angle from cone_axis, rad; π: any", 0.01, math.pi),
         pose_timeout=number("pose_timeout", "oldest ee_pose that will do, s", 0.01, 2.0),
         command_timeout=number("command_timeout", "silence before the arm is braked, s", 0.02, 2.0),
+        policy_lease=number(
+            "policy_lease", "s without a policy's sign of life before the arm is braked", 0.015, 2.0
+        ),
         max_command_age=number("max_command_age", "oldest command by its stamp, s", 0.01, 2.0),
         max_observation_age=number(
             "max_observation_age", "oldest sensor stamp that a command may come from, s", 0.01, 10.0

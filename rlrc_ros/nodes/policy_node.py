@@ -97,7 +97,7 @@ class PolicyNode(LifecycleNode):
         """Stamps of the last look by source, until a command is sent that comes from it."""
         self._buffer = listen(self)
 
-        self._commands = self.create_publisher(PolicyCommand, "policy_command", common.COMMAND_QOS)
+        self._commands = self.create_publisher(PolicyCommand, "policy_command", common.POLICY_QOS)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)

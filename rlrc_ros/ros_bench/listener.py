@@ -15,7 +15,7 @@ from rclpy.action.client import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rlrc.action import RunEpisode
-from rlrc.msg import PolicyCommand
+from rlrc.msg import GuardStatus, PolicyCommand
 from rlrc.srv import ListPolicies, StartRecording, StopRecording
 
 from rlrc_ros.errors import UserError
@@ -51,6 +51,9 @@ class Listener:
             self.commands[topic] = []
             self._node.create_subscription(PolicyCommand, topic, self._keeper(topic), 100)
         self._node.create_subscription(TwistStamped, ee_command, self._on_twist, 100)
+        self.liveliness_lost = 0
+        """How often the guard has missed the policy's signs of life since it started."""
+        self._node.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)
         self._clients: dict[str, Any] = {
             "start": self._node.create_client(StartRecording, "recorder/start"),
             "stop": self._node.create_client(StopRecording, "recorder/stop"),
@@ -160,6 +163,9 @@ class Listener:
             commands.append(Sent(published, to_nanoseconds(message.observation_stamp)))
 
         return keep
+
+    def _on_guard(self, message: GuardStatus) -> None:
+        self.liveliness_lost = message.liveliness_lost
 
     def _on_twist(self, message: TwistStamped) -> None:
         speed = float(np.linalg.norm(twist_array(message.twist)))
