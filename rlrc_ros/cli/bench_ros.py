@@ -124,7 +124,7 @@ def _table(facts: dict[str, Any]) -> str:
             "0",
         ),
         "guard": (
-            f"jitter at {guard['rate']:g} Hz: p99 {guard['jitter_ms']['p99']:.2f} ms of"
+            f"jitter at {guard['rate']:g} Hz, {'' if guard['realtime'] else 'not '}real-time: p99 {guard['jitter_ms']['p99']:.2f} ms of"
             f" {guard['intervals']} intervals; the policy {guard['false_alarms']} times taken for"
             " dead",
             f"≤ {guard['bar']['p99_ms']:g} ms",

@@ -92,7 +92,14 @@ class CommandGuardNode(Node):
         self.create_timer(self._period, self._tick, clock=common.STEADY_CLOCK)
         self.create_timer(0.1, self._publish_status, clock=common.STEADY_CLOCK)
         self.create_timer(1.0, self._publish_diagnostics, clock=common.STEADY_CLOCK)
+        priority = common.integer(
+            self, "realtime_priority", 10, "of SCHED_FIFO, where that is allowed; 0: none", 0, 98
+        )
+        refusal = common.run_ahead(priority) if priority else "realtime_priority is 0"
+        self._scheduling = refusal or f"SCHED_FIFO, priority {priority}"
         self.get_logger().info(f"{'dry run, ' if self._dry_run else ''}{limits}")
+        if refusal:
+            self.get_logger().info(f"runs as other processes do ({refusal}): late where they work")
 
     def leave_standing(self) -> None:
         """Brake, and let a stop be the last that is published."""
@@ -233,7 +240,8 @@ class CommandGuardNode(Node):
             guard.state, DiagnosticStatus.OK
         )
         message = f"{guard.state}{': ' + guard.reason if guard.reason else ''}"
-        values: dict[str, object] = {"dry run": self._dry_run, **asdict(guard.counts)}
+        values: dict[str, object] = {"dry run": self._dry_run, "scheduling": self._scheduling}
+        values |= asdict(guard.counts)
         if self._target is not None:
             values["target waited"] = self._target.waited
         self._diagnostics_publisher.publish(common.diagnostics(self, level, message, values))

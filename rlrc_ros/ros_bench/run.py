@@ -161,6 +161,7 @@ class _Bench:
         found["latency"]["inference_ms"] = rows.quantiles(inference[1:])
         published = [s.published for s in listener.speeds]
         found["guard"] = rows.jitter_row(self._while_commanded(published), GUARD_RATE)
+        found["guard"]["realtime"] = self._processes["guard"].realtime()
         # The policy is alive: whatever the guard has missed so far is a false alarm.
         found["guard"]["false_alarms"] = listener.liveliness_lost
         raw["latency_ms"] = {"policy": policy, "at_rate": relays[0], "on_arrival": relays[1]}

@@ -1,11 +1,15 @@
 import itertools
 import math
+import os
 import signal
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus, PolicyCommand
@@ -14,6 +18,7 @@ from std_srvs.srv import Trigger
 
 from rlrc_ros.messages.command import policy_command, twist_array
 from rlrc_ros.nodes.common import COMMAND_QOS, POLICY_QOS, SENSOR_QOS
+from tests.ros.conftest import BIN
 
 PERIOD = 0.01
 # Braked within one period, so that when it stops is when it decided to.
@@ -287,6 +292,33 @@ def test_the_holder_of_the_arm_and_what_is_limited_are_told(ros, start):
     assert not arm.status.dry_run
     assert arm.status.limited_linear_speed and arm.status.limited_jerk
     assert arm.reaches("waiting") and arm.status.episode_id == ""
+
+
+# Without the capability, and with no real-time priority allowed, as for an ordinary user.
+UNPRIVILEGED = """
+import ctypes, os, resource, sys
+ctypes.CDLL(None).prctl(24, 23, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_NICE
+resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("privileged", [True, False])
+def test_it_runs_ahead_of_other_processes_where_it_may(ros, start, privileged):
+    diagnostics = ros.collect(DiagnosticArray, "/diagnostics")
+    command = BIN / "command_guard_node"
+    guard = start([command] if privileged else [sys.executable, "-c", UNPRIVILEGED, command])
+    assert ros.until(lambda: diagnostics)
+    values = {v.key: v.value for v in diagnostics[-1][1].status[0].values}
+    tasks = [int(task.name) for task in Path(f"/proc/{guard.pid}/task").iterdir()]
+    policies = {os.sched_getscheduler(task) for task in tasks}
+    if values["scheduling"] == "SCHED_FIFO, priority 10":
+        assert privileged and policies == {os.SCHED_FIFO} and len(tasks) > 5
+    else:
+        assert policies == {os.SCHED_OTHER}
+        assert "Operation not permitted" in values["scheduling"]
+        assert "runs as other processes do ([Errno 1]" in guard.output
+    assert guard.stop() == 0
 
 
 def test_a_dry_run_commands_nothing(ros, start):
