@@ -124,9 +124,9 @@ def _table(facts: dict[str, Any]) -> str:
             "0",
         ),
         "guard": (
-            f"jitter at {guard['rate']:g} Hz, {'' if guard['realtime'] else 'not '}real-time: p99 {guard['jitter_ms']['p99']:.2f} ms of"
-            f" {guard['intervals']} intervals; the policy {guard['false_alarms']} times taken for"
-            " dead",
+            f"jitter at {guard['rate']:g} Hz, {'' if guard['realtime'] else 'not '}real-time: p99"
+            f" {guard['jitter_ms']['p99']:.2f} ms of {guard['intervals']} intervals; the policy"
+            f" {guard['false_alarms']} times taken for dead",
             f"≤ {guard['bar']['p99_ms']:g} ms",
         ),
         "stop": (
