@@ -97,6 +97,9 @@ def nodes(
         use_sim_time: stamps are of the topic /clock.
     """
     joints, limits = profile.joint_states, profile.guard
+    # Actions cannot be remapped.
+    by_action = profile.gripper_command_type == "action"
+    action = {"gripper_action": profile.gripper_command} if by_action else {}
     policies = profile.policies if policies is None else policies
     blinded = {"sealed": sealed} if sealed else {}
     specs = []
@@ -131,6 +134,8 @@ def nodes(
                 "output": profile.ee_command_type,
                 "gripper_command_closed": profile.gripper_command_closed,
                 "gripper_command_open": profile.gripper_command_open,
+                "gripper_max_effort": profile.gripper_max_effort,
+                **action,
                 **{
                     name: list(value) if isinstance(value, tuple) else value
                     for name, value in vars(limits).items()

@@ -51,6 +51,14 @@ def test_a_controller_of_poses_the_grippers_unit_and_the_arms_pose_reach_the_nod
     assert listed["command_guard_node"].parameters["gripper_command_closed"] == -0.17
 
 
+def test_a_gripper_behind_an_action_is_a_parameter_since_actions_cannot_be_remapped():
+    assert "gripper_action" not in specs("ur5e")["command_guard_node"].parameters
+    action = {"gripper_command": "/gripper/gripper_cmd", "gripper_command_type": "action"}
+    guard = specs("ur5e", **action, gripper_max_effort=20.0)["command_guard_node"].parameters
+    assert guard["gripper_action"] == "/gripper/gripper_cmd"
+    assert guard["gripper_max_effort"] == 20.0 and guard["gripper_command_closed"] == 0.8
+
+
 def test_device_and_simulated_time_are_the_callers():
     listed = bringup.nodes(load_profile("sim"), output_dir="x", device="cuda", use_sim_time=True)
     assert all(spec.parameters["use_sim_time"] is True for spec in listed)

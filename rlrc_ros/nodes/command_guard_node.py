@@ -22,7 +22,7 @@ from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
 from rclpy.qos import LivelinessPolicy, QoSProfile
 from rlrc.msg import GuardStatus, PolicyCommand
-from std_msgs.msg import Bool, Float64MultiArray
+from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
@@ -31,13 +31,12 @@ from rlrc_ros.limits import Limits
 from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.motion import Vector
 from rlrc_ros.nodes import common
+from rlrc_ros.nodes.gripper import gripper
 from rlrc_ros.pose_target import PoseTarget
 
 if TYPE_CHECKING:
     from rclpy.event_handler import QoSLivelinessChangedInfo
     from rclpy.subscription import MessageInfo
-
-_ANY = (-1000.0, 1000.0)
 
 BRAKING_TIME = 1.0
 """How long the node may go on braking after SIGTERM before it sends zero, in s."""
@@ -56,18 +55,10 @@ class CommandGuardNode(Node):
         self._period = 1.0 / limits.rate
         self._reported = WAITING
 
-        self._gripper_closed = common.number(
-            self, "gripper_command_closed", 0.0, "what closes the gripper, in its own unit", *_ANY
-        )
-        self._gripper_open = common.number(
-            self, "gripper_command_open", 1.0, "what opens the gripper, in its own unit", *_ANY
-        )
+        self._gripper = gripper(self)
         self._target = PoseTarget(limits) if limits.pose_output else None
         self._command_publisher = self.create_publisher(
             PoseStamped if limits.pose_output else TwistStamped, "ee_command", common.COMMAND_QOS
-        )
-        self._gripper_publisher = self.create_publisher(
-            Float64MultiArray, "gripper_command", common.COMMAND_QOS
         )
         self._status_publisher = self.create_publisher(GuardStatus, "~/status", 10)
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -180,8 +171,10 @@ class CommandGuardNode(Node):
         output = self._guard.step(now)
         if output is not None:
             self._publish(now, output)
-        elif self._target is not None:
-            self._target.pause()
+        else:
+            self._gripper.pause()
+            if self._target is not None:
+                self._target.pause()
         if self._guard.state != self._reported:
             self._report()
 
@@ -194,8 +187,7 @@ class CommandGuardNode(Node):
         command.header.stamp = self.get_clock().now().to_msg()
         command.header.frame_id = self._guard.limits.base_frame
         self._command_publisher.publish(command)
-        opening = output.gripper * (self._gripper_open - self._gripper_closed)
-        self._gripper_publisher.publish(Float64MultiArray(data=[self._gripper_closed + opening]))
+        self._gripper.command(output.gripper)
 
     def _twist(self, output: Output) -> TwistStamped:
         message = TwistStamped()

@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rcl_interfaces.srv import SetParameters
+from rclpy.action.server import ActionServer, GoalResponse
 from rlrc.msg import GuardStatus, PolicyCommand
 from std_msgs.msg import Bool, Float64MultiArray
 from std_srvs.srv import Trigger
@@ -332,6 +334,48 @@ def test_the_gripper_gets_its_own_unit(ros, start):
     arm = Arm(ros, start, gripper_command_closed=0.8, gripper_command_open=0.0)
     arm.drive(0.3, gripper=0.25)
     assert arm.grippers[-1][1].data[0] == pytest.approx(0.6)
+
+
+def test_a_gripper_behind_an_action_gets_few_goals(ros, start):
+    control_msgs = pytest.importorskip("control_msgs.action", reason="comes with apt's ROS 2")
+    goals, answers = [], [GoalResponse.REJECT]
+
+    def take(goal):
+        goals.append((goal.command.position, goal.command.max_effort))
+        return answers.pop() if answers else GoalResponse.ACCEPT
+
+    def move(handle):
+        handle.succeed()
+        return control_msgs.GripperCommand.Result(reached_goal=True)
+
+    ActionServer(ros.node, control_msgs.GripperCommand, "grip", move, goal_callback=take)
+    unit = {"gripper_command_closed": 0.8, "gripper_command_open": 0.0, "gripper_max_effort": 9.0}
+    arm = Arm(ros, start, gripper_action="grip", max_gripper_rate=4.0, **unit)
+    arm.drive(1.0, gripper=0.25)
+    assert goals == [(pytest.approx(0.6), 9.0)] * 2, "asked again, since it refused, and then not"
+    arm.drive(1.0, gripper=1.0)
+    positions = [position for position, _ in goals]
+    assert positions == sorted(positions, reverse=True) and positions[-1] == pytest.approx(0.0)
+    assert 3 <= len(goals) <= 6, "opening takes 0.2 s, and goals lie 0.1 s apart"
+    assert arm.reaches("waiting")
+    arm.drive(0.5, gripper=1.0)
+    assert goals[-2:] == [(pytest.approx(0.0), 9.0)] * 2, "somebody may have closed it meanwhile"
+    assert not arm.grippers
+
+
+def test_a_gripper_whose_action_nobody_offers_is_told_and_the_arm_moves(ros, start):
+    pytest.importorskip("control_msgs.action", reason="comes with apt's ROS 2")
+    arm = Arm(ros, start, gripper_action="nowhere")
+    assert arm.drive_until(lambda: "gripper: nobody offers its action" in arm.guard.output)
+    assert arm.speed > 0.0
+
+
+def test_an_action_without_its_messages_is_refused_in_one_line(start):
+    if importlib.util.find_spec("control_msgs"):
+        pytest.skip("they are installed")
+    guard = start("command_guard_node", {"gripper_action": "grip"})
+    assert guard.wait() == 2 and len(guard.output.splitlines()) == 1
+    assert "sudo apt install ros-$ROS_DISTRO-control-msgs" in guard.output
 
 
 @pytest.mark.parametrize(
