@@ -16,7 +16,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rlrc.action import RunEpisode
 from rlrc.msg import GuardStatus, PolicyCommand
-from rlrc.srv import ListPolicies, StartRecording, StopRecording
+from rlrc.srv import ListPolicies, LoadPolicy, StartRecording, StopRecording
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.command import twist_array
@@ -57,6 +57,7 @@ class Listener:
         self._clients: dict[str, Any] = {
             "start": self._node.create_client(StartRecording, "recorder/start"),
             "stop": self._node.create_client(StopRecording, "recorder/stop"),
+            "swap": self._node.create_client(LoadPolicy, "policy/load_policy"),
         }
 
     def __enter__(self) -> Listener:
@@ -134,6 +135,19 @@ class Listener:
                     f"the policy node took no goal within {PATIENCE:g} s; see {self._logs}"
                 )
             self.spin(0.2)
+
+    def swap(self, label: str) -> tuple[float, float]:
+        """Make a resident policy the active one: ms of the call, and of the swap in it."""
+        client = self._clients["swap"]
+        self.until(client.service_is_ready, "the policy node")
+        asked = time.perf_counter()
+        future = client.call_async(LoadPolicy.Request(label=label))
+        self.until(future.done, "the swap")
+        answered = time.perf_counter()
+        response = future.result()
+        if not response.success:
+            raise UserError(f"the policy node: {response.message}")
+        return (answered - asked) * 1e3, response.seconds * 1e3
 
     def start_recording(self, episode_id: str) -> str:
         """The bag's URI."""
