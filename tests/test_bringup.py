@@ -66,6 +66,19 @@ def test_device_and_simulated_time_are_the_callers():
     assert all("use_sim_time" not in spec.parameters for spec in specs().values())
 
 
+def test_every_node_takes_the_enclave_of_its_name():
+    listed = bringup.nodes(load_profile("xarm7"), output_dir="x", enclave="/rlrc")
+    enclaves = {spec.executable: spec.ros_arguments()[:2] for spec in listed}
+    assert enclaves == {
+        f"{name}_node": ["--enclave", f"/rlrc/{name}"]
+        for name in ("ee_pose", "command_guard", "recorder", "policy")
+    }
+    assert all("--enclave" not in spec.ros_arguments() for spec in specs().values())
+    for name in ("rlrc", "/", "/a//b", "/a b", "/a/"):
+        with pytest.raises(UserError, match="is no absolute name such as /rlrc"):
+            bringup.nodes(load_profile("sim"), output_dir="x", enclave=name)
+
+
 def test_cameras_and_policies_reach_the_policy_node():
     cameras = {
         "front": CameraSource(topic="a/image"),
