@@ -89,12 +89,12 @@ class RecorderClient:
             name = self._node.resolve_service_name(client.srv_name)
             raise UserError(f"there is no {name}; start recorder_node, or set record to false")
         asked: list[Any] = []
+        answers: list[Any] = []
         deadline = time.monotonic() + self._patience
-        while (left := deadline - time.monotonic()) > 0:
+        while not answers and (left := deadline - time.monotonic()) > 0:
             asked.append(client.call_async(request))
             await common.until(self._node, lambda: any(f.done() for f in asked), min(again, left))
-            if answers := [future.result() for future in asked if future.done()]:
-                break
+            answers = [future.result() for future in asked if future.done()]
         for future in asked:
             future.cancel()
         if not answers:
