@@ -17,7 +17,7 @@ def generate_launch_description() -> LaunchDescription:
     """What `ros2 launch` runs."""
     names = ("profile", "policies", "device", "output_dir", "record_topics", "dry_run")
     return LaunchDescription(
-        [*launching.arguments(*names, "use_sim_time"), OpaqueFunction(function=_nodes)]
+        [*launching.arguments(*names, "use_sim_time", "enclave"), OpaqueFunction(function=_nodes)]
     )
 
 

@@ -15,9 +15,10 @@ from rlrc_ros import bringup, launching
 
 def generate_launch_description() -> LaunchDescription:
     """What `ros2 launch` runs."""
+    names = ("profile", "output_dir", "record_topics", "use_sim_time", "enclave")
     return LaunchDescription(
         [
-            *launching.arguments("profile", "output_dir", "record_topics", "use_sim_time"),
+            *launching.arguments(*names),
             OpaqueFunction(function=_nodes),
         ]
     )
@@ -29,5 +30,6 @@ def _nodes(context: LaunchContext) -> list[Node]:
         output_dir=launching.argument(context, "output_dir"),
         record_topics=launching.words(launching.argument(context, "record_topics")),
         use_sim_time=launching.argument(context, "use_sim_time") == "true",
+        enclave=launching.argument(context, "enclave"),
     )
     return launching.actions([spec for spec in nodes if spec.executable == "recorder_node"])

@@ -15,9 +15,10 @@ from rlrc_ros.profile import load_profile
 
 def generate_launch_description() -> LaunchDescription:
     """What `ros2 launch` runs."""
+    names = ("policies", "device", "output_dir", "record_topics", "dry_run", "enclave")
     return LaunchDescription(
         [
-            *launching.arguments("policies", "device", "output_dir", "record_topics", "dry_run"),
+            *launching.arguments(*names),
             SetLaunchConfiguration("use_sim_time", "false"),  # it follows the wall clock
             OpaqueFunction(function=_nodes),
         ]

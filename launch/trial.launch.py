@@ -28,7 +28,7 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             DeclareLaunchArgument("dir", description="the trial's directory"),
-            *launching.arguments("device", "dry_run", "use_sim_time"),
+            *launching.arguments("device", "dry_run", "use_sim_time", "enclave"),
             OpaqueFunction(function=_nodes),
         ]
     )
@@ -44,5 +44,6 @@ def _nodes(context: LaunchContext) -> list[Node]:
             device=launching.argument(context, "device"),
             dry_run=launching.argument(context, "dry_run") == "true",
             use_sim_time=launching.argument(context, "use_sim_time") == "true",
+            enclave=launching.argument(context, "enclave"),
         )
     )

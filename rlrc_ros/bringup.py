@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -39,11 +40,13 @@ class NodeSpec:
         executable: as `ros2 run rlrc` knows it.
         parameters: ROS parameters by name.
         remappings: topics by the name that the node uses.
+        enclave: of SROS 2, from which it takes its keys; empty: none.
     """
 
     executable: str
     parameters: dict[str, Any] = field(default_factory=dict)
     remappings: dict[str, str] = field(default_factory=dict)
+    enclave: str = ""
 
     def command(self) -> list[str]:
         """The command line of a plain process.
@@ -54,8 +57,8 @@ class NodeSpec:
         return [str(_executable(self.executable)), "--ros-args", *self.ros_arguments()]
 
     def ros_arguments(self) -> list[str]:
-        """Parameters and remappings as they follow `--ros-args`."""
-        words = []
+        """Enclave, parameters and remappings as they follow `--ros-args`."""
+        words = ["--enclave", self.enclave] if self.enclave else []
         for name, value in self.parameters.items():
             # JSON is YAML, which is what rcl reads parameters as.
             words += ["-p", f"{name}:={json.dumps(value)}"]
@@ -83,6 +86,7 @@ def nodes(
     dry_run: bool = False,
     device: str = "cpu",
     use_sim_time: bool = False,
+    enclave: str = "",
 ) -> list[NodeSpec]:
     """The nodes of a robot.
 
@@ -95,8 +99,17 @@ def nodes(
         dry_run: the guard sends nothing to the controllers.
         device: where policies run, as torch names it.
         use_sim_time: stamps are of the topic /clock.
+        enclave: where the nodes' own enclaves are, as /rlrc has /rlrc/command_guard; empty: none.
+
+    Raises:
+        UserError: the enclave is no absolute name.
     """
+    if enclave and not re.fullmatch(r"(/[A-Za-z_]\w*)+", enclave, re.ASCII):
+        raise UserError(f"enclave: '{enclave}' is no absolute name such as /rlrc")
     joints, limits = profile.joint_states, profile.guard
+    # Actions cannot be remapped.
+    by_action = profile.gripper_command_type == "action"
+    action = {"gripper_action": profile.gripper_command} if by_action else {}
     policies = profile.policies if policies is None else policies
     blinded = {"sealed": sealed} if sealed else {}
     specs = []
@@ -131,6 +144,8 @@ def nodes(
                 "output": profile.ee_command_type,
                 "gripper_command_closed": profile.gripper_command_closed,
                 "gripper_command_open": profile.gripper_command_open,
+                "gripper_max_effort": profile.gripper_max_effort,
+                **action,
                 **{
                     name: list(value) if isinstance(value, tuple) else value
                     for name, value in vars(limits).items()
@@ -171,6 +186,9 @@ def nodes(
     if use_sim_time:
         for spec in specs:
             spec.parameters["use_sim_time"] = True
+    if enclave:
+        for spec in specs:
+            spec.enclave = f"{enclave}/{spec.executable.removesuffix('_node')}"
     return specs
 
 

@@ -5,11 +5,12 @@
 - waiting: nobody has the arm and nothing is published, so that other motions (homing, a planner)
   can use the same controller. It begins so, and comes back to it.
 - active: follows the commands of one policy in one episode.
-- holding: no command for two of the policy's periods, or no pose while one is needed. The arm is
-  braked at the acceleration limit and kept still by zeros; after `HOLD_TIME` of standing in silence
-  it is given up. Zeros have to be sent, because some controllers (ros2_control's forward
-  controllers) go on with the last command they got; and have to end, because MoveIt Servo, fed
-  with zeros, goes on commanding the present position against whoever moves the arm next.
+- holding: no command for two of the policy's periods, no sign of life of a policy's process, or no
+  pose while one is needed. The arm is braked at the acceleration limit and kept still by zeros;
+  after `HOLD_TIME` of standing in silence it is given up. Zeros have to be sent, because some
+  controllers (ros2_control's forward controllers) go on with the last command they got; and have to
+  end, because MoveIt Servo, fed with zeros, goes on commanding the present position against whoever
+  moves the arm next.
 - stopped: latched. Zeros until somebody releases it. An arm that was never moved gets nothing.
 
 Times are seconds of a steady clock, positions m, speeds m/s and rad/s, all in `Limits.base_frame`.
@@ -117,6 +118,7 @@ class Counts:
     limited_orientation: int = 0
     limited_gripper: int = 0
     stops_on_silence: int = 0
+    liveliness_lost: int = 0
     stalls: int = 0
 
 
@@ -139,6 +141,7 @@ class Guard:
         self._command: Command | None = None
         self._command_time = -math.inf
         self._motion_time = -math.inf
+        self._alive = True
         self._rejection = ""
         self._holder: tuple[str, str, str] | None = None
         self._pose: Pose | None = None
@@ -163,13 +166,14 @@ class Guard:
             self._motion_time = now
         counter, self._rejection = self._refusal(command)
         if self._rejection:
-            setattr(self.counts, counter, getattr(self.counts, counter) + 1)
+            self._count(counter)
             return self._rejection
         self.counts.accepted += 1
         self._holder = _source(command)
         self._command = self._slow_down(command)
         self._command_time = now
         self._still_since = None
+        self._alive = True
         return ""
 
     @property
@@ -184,6 +188,14 @@ class Guard:
     def observe(self, now: float, pose: Pose) -> None:
         """Take a measured pose in."""
         self._pose, self._pose_time = pose, now
+
+    def hear(self, alive: bool) -> None:
+        """Whether a policy's process gives signs of life again, or no more.
+
+        Middleware does not tell whose process it is: the arm is braked until there are such signs
+        again, or until whoever has the arm commands.
+        """
+        self._alive = alive
 
     def stop(self, reason: str) -> None:
         """Brake at the acceleration limit and stay so until released."""
@@ -307,8 +319,12 @@ class Guard:
             return STOPPED, self._stop_reason
         if self._command is None:
             return WAITING, self._rejection
+        if not self._alive:
+            reason = "a policy's process gives no sign of life"
+            return self._hold_in_silence(now, "liveliness_lost", reason)
         if now - self._command_time > (silence := self._longest_silence(self._command)):
-            return self._hold_in_silence(now, silence)
+            reason = f"no command for {silence:g} s"
+            return self._hold_in_silence(now, "stops_on_silence", reason)
         if missing := self._missing_pose(now):
             return (WAITING if self._output is None else HOLDING), missing
         return ACTIVE, ""
@@ -318,10 +334,10 @@ class Guard:
             return self.limits.command_timeout
         return min(max(2.0 * command.period, 2.0 / self.limits.rate), LONGEST_SILENCE)
 
-    def _hold_in_silence(self, now: float, silence: float) -> tuple[str, str]:
-        reason = f"no command for {silence:g} s"
+    def _hold_in_silence(self, now: float, counter: str, reason: str) -> tuple[str, str]:
         if self.moving:
-            self.counts.stops_on_silence += self.state == ACTIVE
+            if self.state == ACTIVE:
+                self._count(counter)
             return HOLDING, reason
         # A standing arm may be taken over by another policy or episode, and is given up in the end.
         self._holder = None
@@ -331,6 +347,9 @@ class Guard:
             self._give_up()
             return WAITING, reason
         return HOLDING, reason
+
+    def _count(self, counter: str) -> None:
+        setattr(self.counts, counter, getattr(self.counts, counter) + 1)
 
     def _give_up(self) -> None:
         self._command = self._holder = self._still_since = None

@@ -51,6 +51,11 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         "choices": _YES_OR_NO,
         "description": "true: stamps are of the topic /clock, as with Gazebo. Never on a real arm",
     },
+    "enclave": {
+        "default_value": "",
+        "description": "where the nodes' SROS 2 enclaves are: with /rlrc the command guard takes "
+        "/rlrc/command_guard, the policy node /rlrc/policy, and so on. Empty: none",
+    },
 }
 
 
@@ -79,6 +84,7 @@ def specs(context: LaunchContext, robot: RobotProfile) -> list[bringup.NodeSpec]
         dry_run=argument(context, "dry_run") == "true",
         device=argument(context, "device"),
         use_sim_time=argument(context, "use_sim_time") == "true",
+        enclave=argument(context, "enclave"),
     )
 
 

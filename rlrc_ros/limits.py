@@ -44,6 +44,9 @@ class Limits:
     command_timeout: float = 0.2
     """s of silence after which the arm is braked, where commands do not tell their period; those
     that do are waited for two periods, and `LONGEST_SILENCE` at most."""
+    policy_lease: float = 0.025
+    """s without a sign of life of a policy's process after which the arm is braked. The middleware
+    sends those, whatever the policy is doing: `rlrc_ros.nodes.common.POLICY_QOS`."""
     max_command_age: float = 0.2
     """s between a command's stamp and now, either way."""
     max_observation_age: float = 1.0
@@ -68,6 +71,7 @@ class Limits:
             "max_angular_jerk",
             "pose_timeout",
             "command_timeout",
+            "policy_lease",
             "max_command_age",
             "max_observation_age",
             "controller_timeout",

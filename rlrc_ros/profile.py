@@ -67,6 +67,8 @@ class GuardLimits:
     max_tilt: float = Limits.max_tilt
     max_gripper_rate: float = Limits.max_gripper_rate
     controller_timeout: float = Limits.controller_timeout
+    policy_lease: float = Limits.policy_lease
+    """s; longer where the policy node is on another machine than the guard."""
 
     def __post_init__(self) -> None:
         try:
@@ -94,7 +96,14 @@ class RobotProfile:
     ee_command_type: Literal["twist", "pose"] = "twist"
     """geometry_msgs/TwistStamped in m/s and rad/s, or PoseStamped; both in base_frame."""
     gripper_command: str
-    """Topic of the gripper's std_msgs/Float64MultiArray, one number."""
+    """Topic of the gripper's std_msgs/Float64MultiArray, one number; or its action's name."""
+    gripper_command_type: Literal["array", "action"] = "array"
+    """action: control_msgs/action/GripperCommand, as ros2_control's GripperActionController and the
+    drivers of many grippers offer it; goals are sent where the opening changes, 10 a second at
+    most. For one that does each goal at leisure set `guard.max_gripper_rate` so high (100.0) that
+    one goal closes it."""
+    gripper_max_effort: float = 0.0
+    """Of the action's goals, N or Nm, as its driver has it; 0 is no limit for most of them."""
     gripper_command_closed: float = 0.0
     """The number that closes the gripper: m, rad or a share, as its controller has it."""
     gripper_command_open: float = 1.0
@@ -125,6 +134,10 @@ class RobotProfile:
         closed, opened = self.gripper_command_closed, self.gripper_command_open
         if not (math.isfinite(closed) and math.isfinite(opened)) or closed == opened:
             raise UserError("gripper_command_open and gripper_command_closed must be two numbers")
+        if not 0.0 <= self.gripper_max_effort <= 1000.0:
+            raise UserError(f"gripper_max_effort is {self.gripper_max_effort}: give 0 to 1000")
+        if self.simulated and self.gripper_command_type != "array":
+            raise UserError("gripper_command_type: the simulated arm takes an array, on a topic")
 
 
 def _refuse_empty(key: str, value: str) -> None:

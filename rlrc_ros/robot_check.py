@@ -37,6 +37,8 @@ COMMAND_TYPES = {
     "twist": "geometry_msgs/msg/TwistStamped",
     "pose": "geometry_msgs/msg/PoseStamped",
 }
+GRIPPER_GOAL = "control_msgs/action/GripperCommand_SendGoal"
+"""The type of the service that an action of grippers takes its goals by."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,12 @@ def check(
             _input(node, profile, part, listener, seconds) for part, listener in listeners.items()
         ]
         wanted = {"ee_command": COMMAND_TYPES[profile.ee_command_type]}
-        wanted["gripper_command"] = "std_msgs/msg/Float64MultiArray"
+        if profile.gripper_command_type == "array":
+            wanted["gripper_command"] = "std_msgs/msg/Float64MultiArray"
         for part, kind in wanted.items():
             findings.append(_output(node, part, getattr(profile, part), kind))
+        if profile.gripper_command_type == "action":
+            findings.append(_gripper_action(node, profile.gripper_command))
         findings += [_policy(profile, listeners, *item) for item in policies.items()]
         return [*findings, _button(node)]
     finally:
@@ -266,6 +271,19 @@ def _output(node: Node, part: str, name: str, wanted: str) -> Finding:
     else:
         problem = ""
     return Finding(part, topic, problem, detail)
+
+
+def _gripper_action(node: Node, name: str) -> Finding:
+    action = node.resolve_topic_name(name)
+    services = dict(node.get_service_names_and_types())
+    kinds = services.get(f"{action}/_action/send_goal", [])
+    if not kinds:
+        problem = "nobody offers this action; is the gripper's driver running?"
+    elif GRIPPER_GOAL not in kinds:
+        problem = f"it is of type {', '.join(kinds)}, not {GRIPPER_GOAL}"
+    else:
+        problem = ""
+    return Finding("gripper_command", action, problem, "an action")
 
 
 def _policy(

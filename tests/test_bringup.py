@@ -51,11 +51,32 @@ def test_a_controller_of_poses_the_grippers_unit_and_the_arms_pose_reach_the_nod
     assert listed["command_guard_node"].parameters["gripper_command_closed"] == -0.17
 
 
+def test_a_gripper_behind_an_action_is_a_parameter_since_actions_cannot_be_remapped():
+    assert "gripper_action" not in specs("ur5e")["command_guard_node"].parameters
+    action = {"gripper_command": "/gripper/gripper_cmd", "gripper_command_type": "action"}
+    guard = specs("ur5e", **action, gripper_max_effort=20.0)["command_guard_node"].parameters
+    assert guard["gripper_action"] == "/gripper/gripper_cmd"
+    assert guard["gripper_max_effort"] == 20.0 and guard["gripper_command_closed"] == 0.8
+
+
 def test_device_and_simulated_time_are_the_callers():
     listed = bringup.nodes(load_profile("sim"), output_dir="x", device="cuda", use_sim_time=True)
     assert all(spec.parameters["use_sim_time"] is True for spec in listed)
     assert listed[-1].parameters["device"] == "cuda"
     assert all("use_sim_time" not in spec.parameters for spec in specs().values())
+
+
+def test_every_node_takes_the_enclave_of_its_name():
+    listed = bringup.nodes(load_profile("xarm7"), output_dir="x", enclave="/rlrc")
+    enclaves = {spec.executable: spec.ros_arguments()[:2] for spec in listed}
+    assert enclaves == {
+        f"{name}_node": ["--enclave", f"/rlrc/{name}"]
+        for name in ("ee_pose", "command_guard", "recorder", "policy")
+    }
+    assert all("--enclave" not in spec.ros_arguments() for spec in specs().values())
+    for name in ("rlrc", "/", "/a//b", "/a b", "/a/"):
+        with pytest.raises(UserError, match="is no absolute name such as /rlrc"):
+            bringup.nodes(load_profile("sim"), output_dir="x", enclave=name)
 
 
 def test_cameras_and_policies_reach_the_policy_node():

@@ -109,7 +109,9 @@ poses = st.builds(
 intervals = st.one_of(
     st.just(PERIOD), st.floats(0.0, 0.1), st.floats(-1.0, 30.0), st.floats(-1e9, 1e9)
 )
-events = st.sampled_from([None] * 12 + ["stop", "emergency", "press", "let go", "release"])
+events = st.sampled_from(
+    [None] * 12 + ["stop", "emergency", "press", "let go", "release", "dead", "alive"]
+)
 jerks = st.one_of(st.just(math.inf), st.floats(2.0, 500.0))
 steps = st.lists(
     st.tuples(intervals, st.none() | commands, st.none() | poses, events), min_size=1, max_size=60
@@ -133,6 +135,8 @@ def test_whatever_comes_in_outputs_are_finite_and_within_the_limits(steps, box, 
             guard.emergency_stop()
         elif event in ("press", "let go"):
             guard.press(event == "press")
+        elif event in ("dead", "alive"):
+            guard.hear(event == "alive")
         elif event == "release" and not guard.release(now):
             emergency = False
         emergency |= event in ("emergency", "press")
@@ -417,6 +421,45 @@ def test_a_policy_is_waited_for_two_of_its_periods(period, silence):
     outputs = run.steps(1.0)
     moving = [output for output in outputs if output is not None and output.linear != ZERO]
     assert len(moving) == pytest.approx(silence / PERIOD, abs=1.5)
+
+
+def test_a_dead_policy_is_not_waited_for():
+    run = Run(max_linear_acceleration=1.0)
+    run.steps(0.5, command(linear=(0.2, 0.0, 0.0), period=0.2))
+    run.guard.hear(alive=False)
+    speeds = [o.linear[0] for o in run.steps(0.2)]
+    assert speeds == pytest.approx([0.2 - 0.01 * k for k in range(1, 21)])
+    assert run.guard.state == HOLDING and "no sign of life" in run.guard.reason
+    assert run.guard.counts.liveliness_lost == 1 and run.guard.counts.stops_on_silence == 0
+    assert run.steps(1.0)[-1] is None and run.guard.state == WAITING
+    assert run.guard.submit(run.now, command(policy_label="B", episode_id="e2")) == ""
+    run.step()
+    assert run.guard.state == ACTIVE, "another policy takes over"
+
+
+@pytest.mark.parametrize("again", ["signs of life", "a command"])
+def test_a_policy_that_was_taken_for_dead_goes_on(again):
+    run = Run()
+    good = command(linear=(0.1, 0.0, 0.0), period=0.2)
+    run.steps(0.5, good)
+    run.guard.hear(alive=False)
+    run.step()
+    assert run.guard.state == HOLDING
+    if again == "a command":
+        run.step(good)
+    else:
+        run.guard.hear(alive=True)
+        run.step()
+    assert run.guard.state == ACTIVE
+
+
+def test_a_waiting_guard_does_not_mind_who_dies():
+    run = Run()
+    run.guard.hear(alive=False)
+    assert run.steps(0.1) == [None] * 10 and run.guard.state == WAITING
+    assert run.guard.counts.liveliness_lost == 0
+    run.step(command())
+    assert run.guard.state == ACTIVE
 
 
 def test_a_guard_that_was_held_up_begins_from_standstill():

@@ -17,7 +17,7 @@ from rlrc_ros.cli.output import emit
 from rlrc_ros.errors import UserError
 from rlrc_ros.files import write_atomically
 
-POLICY = "tabletop-compressed"
+POLICY, OTHER = "tabletop-compressed", "tabletop-original"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ros",
         action="store_true",
         help="measure the ROS 2 nodes instead: latency against a bare relay, images lost, the"
-        " guard's jitter and stop, the recorder, a soak; exit status 1 where a bar is missed",
+        " guard's jitter and stop, swaps of two policies, the recorder, a soak; exit status 1 where"
+        " a bar is missed",
     )
     group = parser.add_argument_group("with --ros")
     group.add_argument(
@@ -69,14 +70,17 @@ def main(arguments: argparse.Namespace) -> int:
     from rlrc_ros.timing import machine
 
     policies = arguments.policy or [POLICY]
-    if len(policies) > 1:
-        raise UserError("--ros measures the nodes with one policy: give --policy once")
+    if len(policies) > 2:
+        raise UserError(
+            "--ros measures the nodes with one policy, and swaps it with a second: give no third"
+        )
     out: Path | None = arguments.out
     load_before = os.getloadavg()[0]
     # Beside the output: /tmp may be too small for the bags, or in memory.
     directory = Path(tempfile.mkdtemp(prefix=".rlrc-bench-", dir=out.parent if out else None))
     plan = Plan(
         policy=policies[0],
+        other=policies[1] if len(policies) > 1 else OTHER,
         instruction=arguments.instruction,
         duration=arguments.duration,
         kills=arguments.kills,
@@ -94,6 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
         "machine": machine(),
         "load_average": [load_before, os.getloadavg()[0]],
         "policy": plan.policy,
+        "other": plan.other,
         "duration": plan.duration,
         "kills": plan.kills,
         "soak": plan.soak,
@@ -110,6 +115,7 @@ def _table(facts: dict[str, Any]) -> str:
     rows = facts["rows"]
     latency, guard, stop = rows["latency"], rows["guard"], rows["stop"]
     images, recorder, soak = rows["images"], rows["recorder"], rows["soak"]
+    swap = rows["swap"]
     at_rate, arrival = latency["against_relay_at_rate"], latency["against_relay_on_arrival"]
     low, high = at_rate["median_ci95"]
     cells = {
@@ -124,14 +130,20 @@ def _table(facts: dict[str, Any]) -> str:
             "0",
         ),
         "guard": (
-            f"jitter at {guard['rate']:g} Hz: p99 {guard['jitter_ms']['p99']:.2f} ms of"
-            f" {guard['intervals']} intervals",
+            f"jitter at {guard['rate']:g} Hz, {'' if guard['realtime'] else 'not '}real-time: p99"
+            f" {guard['jitter_ms']['p99']:.2f} ms of {guard['intervals']} intervals; the policy"
+            f" {guard['false_alarms']} times taken for dead",
             f"≤ {guard['bar']['p99_ms']:g} ms",
         ),
         "stop": (
             f"{stop['kills']} SIGKILLs of the policy to the guard's braking: median"
             f" {_ms(stop['kill_to_braking_ms'])}, worst {stop['kill_to_braking_ms']['max']:.0f} ms",
             f"≤ {stop['bar']['worst_ms']:g} ms",
+        ),
+        "swap": (
+            f"{swap['swaps']} swaps between episodes, {facts['other']} resident too: median"
+            f" {_ms(swap['call_ms'])} a call, worst {swap['call_ms']['max']:.1f} ms",
+            f"≤ {swap['bar']['worst_ms']:g} ms",
         ),
         "recorder": (
             f"{recorder['lost']} of {recorder['sent']} messages lost in"

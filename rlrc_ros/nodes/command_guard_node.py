@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.duration import Duration
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
+from rclpy.qos import LivelinessPolicy, QoSProfile
 from rlrc.msg import GuardStatus, PolicyCommand
-from std_msgs.msg import Bool, Float64MultiArray
+from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
@@ -29,12 +31,12 @@ from rlrc_ros.limits import Limits
 from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.motion import Vector
 from rlrc_ros.nodes import common
+from rlrc_ros.nodes.gripper import gripper
 from rlrc_ros.pose_target import PoseTarget
 
 if TYPE_CHECKING:
+    from rclpy.event_handler import QoSLivelinessChangedInfo
     from rclpy.subscription import MessageInfo
-
-_ANY = (-1000.0, 1000.0)
 
 BRAKING_TIME = 1.0
 """How long the node may go on braking after SIGTERM before it sends zero, in s."""
@@ -53,25 +55,25 @@ class CommandGuardNode(Node):
         self._period = 1.0 / limits.rate
         self._reported = WAITING
 
-        self._gripper_closed = common.number(
-            self, "gripper_command_closed", 0.0, "what closes the gripper, in its own unit", *_ANY
-        )
-        self._gripper_open = common.number(
-            self, "gripper_command_open", 1.0, "what opens the gripper, in its own unit", *_ANY
-        )
+        self._gripper = gripper(self)
         self._target = PoseTarget(limits) if limits.pose_output else None
         self._command_publisher = self.create_publisher(
             PoseStamped if limits.pose_output else TwistStamped, "ee_command", common.COMMAND_QOS
-        )
-        self._gripper_publisher = self.create_publisher(
-            Float64MultiArray, "gripper_command", common.COMMAND_QOS
         )
         self._status_publisher = self.create_publisher(GuardStatus, "~/status", 10)
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
 
         # Deeper than the latest one: a second publisher must not push out, unseen and uncounted,
         # what the first one commands.
-        self.create_subscription(PolicyCommand, "policy_command", self._on_command, 10)
+        qos = QoSProfile(
+            depth=10,
+            liveliness=LivelinessPolicy.AUTOMATIC,
+            liveliness_lease_duration=Duration(seconds=limits.policy_lease),
+        )
+        events = SubscriptionEventCallbacks(liveliness=self._on_liveliness)
+        self.create_subscription(
+            PolicyCommand, "policy_command", self._on_command, qos, event_callbacks=events
+        )
         self.create_subscription(PoseStamped, "ee_pose", self._on_pose, common.SENSOR_QOS)
         self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, 10)
         self.create_service(Trigger, "~/stop", self._on_stop)
@@ -81,7 +83,14 @@ class CommandGuardNode(Node):
         self.create_timer(self._period, self._tick, clock=common.STEADY_CLOCK)
         self.create_timer(0.1, self._publish_status, clock=common.STEADY_CLOCK)
         self.create_timer(1.0, self._publish_diagnostics, clock=common.STEADY_CLOCK)
+        priority = common.integer(
+            self, "realtime_priority", 10, "of SCHED_FIFO, where that is allowed; 0: none", 0, 98
+        )
+        refusal = common.run_ahead(priority) if priority else "realtime_priority is 0"
+        self._scheduling = refusal or f"SCHED_FIFO, priority {priority}"
         self.get_logger().info(f"{'dry run, ' if self._dry_run else ''}{limits}")
+        if refusal:
+            self.get_logger().info(f"runs as other processes do ({refusal}): late where they work")
 
     def leave_standing(self) -> None:
         """Brake, and let a stop be the last that is published."""
@@ -117,6 +126,13 @@ class CommandGuardNode(Node):
         )
         if rejection:
             self.get_logger().warning(f"dropped: {rejection}", throttle_duration_sec=5.0)
+
+    def _on_liveliness(self, change: QoSLivelinessChangedInfo) -> None:
+        # Not by the counts of who is alive: those that are dead stay in them for many seconds.
+        if change.not_alive_count_change > 0:
+            self._guard.hear(False)
+        elif change.not_alive_count_change < 0 and change.alive_count_change > 0:
+            self._guard.hear(True)
 
     def _on_pose(self, message: PoseStamped) -> None:
         header, q = message.header, message.pose.orientation
@@ -155,8 +171,10 @@ class CommandGuardNode(Node):
         output = self._guard.step(now)
         if output is not None:
             self._publish(now, output)
-        elif self._target is not None:
-            self._target.pause()
+        else:
+            self._gripper.pause()
+            if self._target is not None:
+                self._target.pause()
         if self._guard.state != self._reported:
             self._report()
 
@@ -169,8 +187,7 @@ class CommandGuardNode(Node):
         command.header.stamp = self.get_clock().now().to_msg()
         command.header.frame_id = self._guard.limits.base_frame
         self._command_publisher.publish(command)
-        opening = output.gripper * (self._gripper_open - self._gripper_closed)
-        self._gripper_publisher.publish(Float64MultiArray(data=[self._gripper_closed + opening]))
+        self._gripper.command(output.gripper)
 
     def _twist(self, output: Output) -> TwistStamped:
         message = TwistStamped()
@@ -215,7 +232,8 @@ class CommandGuardNode(Node):
             guard.state, DiagnosticStatus.OK
         )
         message = f"{guard.state}{': ' + guard.reason if guard.reason else ''}"
-        values: dict[str, object] = {"dry run": self._dry_run, **asdict(guard.counts)}
+        values: dict[str, object] = {"dry run": self._dry_run, "scheduling": self._scheduling}
+        values |= asdict(guard.counts)
         if self._target is not None:
             values["target waited"] = self._target.waited
         self._diagnostics_publisher.publish(common.diagnostics(self, level, message, values))
@@ -263,6 +281,9 @@ def _limits(node: Node) -> Limits:
         max_tilt=number("max_tilt", "greatest angle from cone_axis, rad; π: any", 0.01, math.pi),
         pose_timeout=number("pose_timeout", "oldest ee_pose that will do, s", 0.01, 2.0),
         command_timeout=number("command_timeout", "silence before the arm is braked, s", 0.02, 2.0),
+        policy_lease=number(
+            "policy_lease", "s without a policy's sign of life before the arm is braked", 0.015, 2.0
+        ),
         max_command_age=number("max_command_age", "oldest command by its stamp, s", 0.01, 2.0),
         max_observation_age=number(
             "max_observation_age", "oldest sensor stamp that a command may come from, s", 0.01, 10.0

@@ -39,6 +39,7 @@ from rlrc_ros.messages.command import action_to_twist, policy_command
 from rlrc_ros.messages.observation import Gripper
 from rlrc_ros.messages.stamps import to_stamp
 from rlrc_ros.nodes import common
+from rlrc_ros.nodes.attendance import Attendance
 from rlrc_ros.nodes.recorder_client import RecorderClient
 from rlrc_ros.nodes.sensors import listen
 from rlrc_ros.rollouts.episode import LONGEST_EPISODE
@@ -96,8 +97,9 @@ class PolicyNode(LifecycleNode):
         self._looked: dict[str, int] = {}
         """Stamps of the last look by source, until a command is sent that comes from it."""
         self._buffer = listen(self)
+        self._attendance = Attendance(self)
 
-        self._commands = self.create_publisher(PolicyCommand, "policy_command", common.COMMAND_QOS)
+        self._commands = self.create_publisher(PolicyCommand, "policy_command", common.POLICY_QOS)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)
@@ -354,6 +356,8 @@ class PolicyNode(LifecycleNode):
         def tick() -> None:
             episode.tick()
             self._watch_guard()
+            if self._attendance.lost(episode.episode_id):
+                self.end_episode(execution.CLIENT_LOST, "the process that ran it is gone")
             self._publish_status()
             statistics = episode.statistics
             handle.publish_feedback(

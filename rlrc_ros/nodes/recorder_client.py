@@ -18,6 +18,10 @@ PATIENCE = 10.0
 """s for the recorder to answer; less where it has not been heard of for a while."""
 DISCOVERY_TIME = 2.0
 """s for it to be found, where it has only just started."""
+ASKING_AGAIN = 1.0
+"""s without an answer after which it is asked again to start. One that was killed stays in the
+graph for `leaseDuration` (fastdds.xml), and what is asked meanwhile may have gone to it alone; one
+that has just started may not know yet where to answer."""
 SILENCE = 3.0
 """s without a word that it still records, which comes once a second; then it is taken for dead."""
 
@@ -64,7 +68,7 @@ class RecorderClient:
             UserError: the recorder is missing, silent or refuses.
         """
         self._patience = PATIENCE
-        response = await self._ask(self._start, request)
+        response = await self._ask(self._start, request, ASKING_AGAIN)
         if not response.success:
             raise UserError(f"the recorder: {response.message}")
         self._episode_id, self._heard = request.episode_id, time.monotonic()
@@ -80,14 +84,19 @@ class RecorderClient:
             return str(error)
         return "" if response.success else response.message
 
-    async def _ask(self, client: Client[Any, Any], request: Any) -> Any:
+    async def _ask(self, client: Client[Any, Any], request: Any, again: float = PATIENCE) -> Any:
         if not await common.until(self._node, client.service_is_ready, DISCOVERY_TIME):
             name = self._node.resolve_service_name(client.srv_name)
             raise UserError(f"there is no {name}; start recorder_node, or set record to false")
-        future = client.call_async(request)
-        timer = self._node.create_timer(self._patience, future.cancel, clock=common.STEADY_CLOCK)
-        response = await future
-        self._node.destroy_timer(timer)
-        if response is None:
+        asked: list[Any] = []
+        answers: list[Any] = []
+        deadline = time.monotonic() + self._patience
+        while not answers and (left := deadline - time.monotonic()) > 0:
+            asked.append(client.call_async(request))
+            await common.until(self._node, lambda: any(f.done() for f in asked), min(again, left))
+            answers = [future.result() for future in asked if future.done()]
+        for future in asked:
+            future.cancel()
+        if not answers:
             raise UserError(f"{client.srv_name} did not answer within {self._patience:g} s")
-        return response
+        return answers[0]

@@ -108,6 +108,8 @@ class RecorderNode(Node):
 
     def _start(self, request: StartRecording.Request) -> None:
         if self._recording is not None:
+            if request.episode_id == self._recording.uri.name:
+                return  # asked again by somebody whom no answer has reached
             raise UserError(f"{self._recording.uri.name} is being recorded: stop that first")
         episode = episodes.Episode(
             episode_id=request.episode_id,

@@ -39,7 +39,10 @@ def profile_topics(profile: RobotProfile) -> list[ProfileTopic]:
     joints = profile.joint_states
     kind = "sensor_msgs/msg/JointState"
     topics.append(ProfileTopic(joints.topic, "joint_states", kind, joints.max_age, joints.min_rate))
-    for role in ("ee_pose", "ee_command", "gripper_command"):
+    roles = ["ee_pose", "ee_command"]
+    if profile.gripper_command_type == "array":
+        roles.append("gripper_command")
+    for role in roles:
         kind = "geometry_msgs/msg/PoseStamped" if role == "ee_pose" else ""
         topics.append(ProfileTopic(getattr(profile, role), role, kind, None))
     return topics

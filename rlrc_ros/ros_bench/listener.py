@@ -15,8 +15,8 @@ from rclpy.action.client import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rlrc.action import RunEpisode
-from rlrc.msg import PolicyCommand
-from rlrc.srv import ListPolicies, StartRecording, StopRecording
+from rlrc.msg import GuardStatus, PolicyCommand
+from rlrc.srv import ListPolicies, LoadPolicy, StartRecording, StopRecording
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.command import twist_array
@@ -51,9 +51,13 @@ class Listener:
             self.commands[topic] = []
             self._node.create_subscription(PolicyCommand, topic, self._keeper(topic), 100)
         self._node.create_subscription(TwistStamped, ee_command, self._on_twist, 100)
+        self.liveliness_lost = 0
+        """How often the guard has missed the policy's signs of life since it started."""
+        self._node.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)
         self._clients: dict[str, Any] = {
             "start": self._node.create_client(StartRecording, "recorder/start"),
             "stop": self._node.create_client(StopRecording, "recorder/stop"),
+            "swap": self._node.create_client(LoadPolicy, "policy/load_policy"),
         }
 
     def __enter__(self) -> Listener:
@@ -132,6 +136,19 @@ class Listener:
                 )
             self.spin(0.2)
 
+    def swap(self, label: str) -> tuple[float, float]:
+        """Make a resident policy the active one: ms of the call, and of the swap in it."""
+        client = self._clients["swap"]
+        self.until(client.service_is_ready, "the policy node")
+        asked = time.perf_counter()
+        future = client.call_async(LoadPolicy.Request(label=label))
+        self.until(future.done, "the swap")
+        answered = time.perf_counter()
+        response = future.result()
+        if not response.success:
+            raise UserError(f"the policy node: {response.message}")
+        return (answered - asked) * 1e3, response.seconds * 1e3
+
     def start_recording(self, episode_id: str) -> str:
         """The bag's URI."""
         response = self._call("start", StartRecording.Request(episode_id=episode_id))
@@ -160,6 +177,9 @@ class Listener:
             commands.append(Sent(published, to_nanoseconds(message.observation_stamp)))
 
         return keep
+
+    def _on_guard(self, message: GuardStatus) -> None:
+        self.liveliness_lost = message.liveliness_lost
 
     def _on_twist(self, message: TwistStamped) -> None:
         speed = float(np.linalg.norm(twist_array(message.twist)))

@@ -97,6 +97,10 @@ class Process:
         self._unread = rest
         return dict(json.loads(line))
 
+    def realtime(self) -> bool:
+        """Whether it runs ahead of ordinary processes."""
+        return os.sched_getscheduler(self.popen.pid) == os.SCHED_FIFO
+
     def cpu_seconds(self) -> float:
         """Of all its threads so far, in user and kernel."""
         # After the name, which may hold spaces: fields 14 and 15 of proc(5) are utime and stime.

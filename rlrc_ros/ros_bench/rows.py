@@ -19,6 +19,8 @@ JITTER_BAR = 2.0
 """ms."""
 STOP_MARGIN = 20.0
 """ms, to which two of the guard's periods are added."""
+SWAP_BAR = 50.0
+"""ms."""
 CPU_BAR = 0.25
 """Of one core."""
 GROWTH_BAR = 0.01
@@ -158,6 +160,20 @@ def stop_row(
         "last_command_to_braking_ms": quantiles(silences),
         "bar": {"worst_ms": bar},
         "met": bool(begins) and max(begins) <= bar,
+    }
+
+
+def swap_row(calls: Sequence[float], inside: Sequence[float]) -> dict[str, Any]:
+    """Swaps of two resident policies: the service call as its client sees it, and the swap in it.
+
+    Both in ms.
+    """
+    return {
+        "swaps": len(calls),
+        "call_ms": quantiles(calls),
+        "inside_ms": quantiles(inside),
+        "bar": {"worst_ms": SWAP_BAR},
+        "met": bool(calls) and max(calls) <= SWAP_BAR,
     }
 
 

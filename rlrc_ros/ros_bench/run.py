@@ -1,8 +1,9 @@
 """The measurements, one after another, so that none disturbs the others.
 
 1. pipeline: cameras, relay, policy, guard: latency against the relay, and the guard's jitter.
-2. kill: the policy node is killed while the arm moves, again and again.
-3. soak: cameras, policy, guard and recorder in episodes of up to ten minutes: images and messages
+2. swap: two resident policies, one after the other, an episode each.
+3. kill: the policy node is killed while the arm moves, again and again.
+4. soak: cameras, policy, guard and recorder in episodes of up to ten minutes: images and messages
    lost, the recorder's share of a core, growth of memory, threads and descriptors.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
+from rlrc_ros.execution import TIMEOUT
 from rlrc_ros.profile import CameraSource, RobotProfile, load_profile
 from rlrc_ros.rollouts.episode import read_episode
 from rlrc_ros.ros_bench import rows, topics
@@ -36,6 +38,8 @@ SAMPLE_INTERVAL = 2.0
 """s between two looks at a process."""
 MOVING_TIME = 2.0
 """s that the policy commands before it is killed."""
+SWAPS, SWAP_EPISODE = 8, 0.5
+"""How many, and s of the episode after each of them."""
 WATCHED = ("policy", "guard", "recorder")
 _ENDLESS = 7200.0
 """s, of a burst that is cut off: longer than any episode may be."""
@@ -48,6 +52,7 @@ class Plan:
 
     Attributes:
         policy: bundle directory or short name.
+        other: the same of a policy that it is swapped with.
         instruction: what it is asked for.
         duration: s of the pipeline.
         kills: of the policy node.
@@ -56,6 +61,7 @@ class Plan:
     """
 
     policy: str
+    other: str
     instruction: str
     duration: float
     kills: int
@@ -93,7 +99,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, Any], dic
         Listener(started.check, load_profile("sim").ee_command, logs) as listener,
     ):
         bench = _Bench(plan, config, started, listener, say)
-        for part in (bench.pipeline, bench.kill, bench.soak):
+        for part in (bench.pipeline, bench.swap, bench.kill, bench.soak):
             part(found, raw)
     return found, raw
 
@@ -127,12 +133,12 @@ class _Bench:
     def pipeline(self, found: dict[str, Any], raw: dict[str, Any]) -> None:
         """Latency and jitter, with nothing else running."""
         plan, listener = self._plan, self._listener
-        self._say(f"1 of 3: latency and the guard's jitter, {plan.duration:g} s")
+        self._say(f"1 of 4: latency and the guard's jitter, {plan.duration:g} s")
         looked_at = [*topics.CAMERAS[: len(self._config.cameras)], topics.JOINT_STATES]
         rate = self._config.control_rate
         self._processes.start("relay", module("relay", rate, *looked_at))
         self._start("command_guard_node", "guard")
-        policy_notes = self._start_policy()
+        policy_notes = self._start_policy({"bench": plan.policy, "other": plan.other})
         self._start_sources()
         listener.wait_for_policy()
         self._burst(_ENDLESS, 2)
@@ -161,13 +167,32 @@ class _Bench:
         found["latency"]["inference_ms"] = rows.quantiles(inference[1:])
         published = [s.published for s in listener.speeds]
         found["guard"] = rows.jitter_row(self._while_commanded(published), GUARD_RATE)
+        found["guard"]["realtime"] = self._processes["guard"].realtime()
+        # The policy is alive: whatever the guard has missed so far is a false alarm.
+        found["guard"]["false_alarms"] = listener.liveliness_lost
         raw["latency_ms"] = {"policy": policy, "at_rate": relays[0], "on_arrival": relays[1]}
         raw["guard_published_ns"] = published
+
+    def swap(self, found: dict[str, Any], raw: dict[str, Any]) -> None:
+        """Swap between the episodes of the pipeline's policy node; the first policy at last."""
+        listener = self._listener
+        self._say(f"2 of 4: two policies are swapped {SWAPS} times")
+        times = []
+        for number in range(SWAPS):
+            times.append(listener.swap("bench" if number % 2 else "other"))
+            result = listener.episode(self._plan.instruction, SWAP_EPISODE)
+            listener.until(result.done, "the end of the episode")
+            ended = result.result().result
+            if ended.termination_reason != TIMEOUT:
+                raise UserError(f"after a swap: {ended.termination_reason} {ended.message}")
+        calls, inside = map(list, zip(*times, strict=True))
+        found["swap"] = rows.swap_row(calls, inside)
+        raw["swap_ms"] = {"call": calls, "inside": inside}
 
     def kill(self, found: dict[str, Any], raw: dict[str, Any]) -> None:
         """Kill the policy node while the arm moves; at first that of the pipeline."""
         plan, listener = self._plan, self._listener
-        self._say(f"2 of 3: the policy node is killed {plan.kills} times")
+        self._say(f"3 of 4: the policy node is killed {plan.kills} times")
         braked, silences, inconclusive = [], [], 0
         for number in range(plan.kills):
             if number:
@@ -197,7 +222,7 @@ class _Bench:
     def soak(self, found: dict[str, Any], raw: dict[str, Any]) -> None:
         """Episodes in a row, recorded, with an eye on every process."""
         plan, listener = self._plan, self._listener
-        self._say(f"3 of 3: images, recorder and soak, {plan.soak:g} s")
+        self._say(f"4 of 4: images, recorder and soak, {plan.soak:g} s")
         policy_notes = self._start_policy()
         self._start("recorder_node", "recorder")
         sources_notes = self._start_sources()
@@ -239,11 +264,15 @@ class _Bench:
     def _start(self, executable: str, name: str) -> None:
         self._processes.start(name, self._specs[executable].command())
 
-    def _start_policy(self) -> Path:
-        """Start it; the file of its notes."""
+    def _start_policy(self, policies: dict[str, str] | None = None) -> Path:
+        """Start it, with the measured policy or those by label; the file of its notes."""
         self._notes += 1
         notes = self._plan.directory / f"policy{self._notes}.notes"
-        words = ["--ros-args", *self._specs["policy_node"].ros_arguments()]
+        spec = self._specs["policy_node"]
+        if policies is not None:
+            given = [f"{label}={path}" for label, path in policies.items()]
+            spec = replace(spec, parameters={**spec.parameters, "policies": given})
+        words = ["--ros-args", *spec.ros_arguments()]
         command = module("watched_policy", notes, ",".join(self._cameras), *words)
         self._processes.start("policy", command)
         return notes

@@ -15,10 +15,12 @@ from rclpy.signals import SignalHandlerOptions
 from rlrc.action import RunEpisode
 from rlrc.msg import GuardStatus, PolicyStatus, TaskState
 from rlrc.srv import LabelEpisode, ListPolicies, ResetScene
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.stamps import to_nanoseconds
+from rlrc_ros.nodes.common import ATTENDED_QOS
 
 ANSWER_TIME = 30.0
 """s for a service to answer."""
@@ -63,6 +65,7 @@ class RobotClient:
         self._run: ActionClient[Any, Any, Any] = ActionClient(
             self._node, RunEpisode, "policy/run_episode"
         )
+        self._attended = self._node.create_publisher(String, "policy/attended", ATTENDED_QOS)
         # All at once: a service may not know yet where to answer a client that has just appeared.
         self._clients: dict[str, Client[Any, Any]] = {
             name: self._node.create_client(kind, name)
@@ -179,6 +182,8 @@ class RobotClient:
     ) -> EpisodeOutcome:
         """Run one episode; on the simulated arm it is finished as soon as the task is done.
 
+        It ends with this process, however that ends.
+
         Args:
             instruction: what the policy is told.
             label: the policy's.
@@ -191,6 +196,7 @@ class RobotClient:
         Raises:
             UserError: the policy node refuses the episode or does not answer.
         """
+        self._attended.publish(String(data=episode_id))
         before = self._guard
         began = time.monotonic()
         goal = RunEpisode.Goal(
@@ -206,19 +212,23 @@ class RobotClient:
         result = handle.get_result_async()
         success = None if self._task is None else False
         stopped = finished = False
-        while not self._until(result.done, 0.02):
-            if time.monotonic() - began > max_duration + ANSWER_TIME:
-                raise UserError(
-                    f"the episode does not end; it should have after {max_duration:g} s"
-                )
-            if success is False and self._task is not None and self._task.success:
-                success = True
-            if not stopped and should_stop():
-                stopped = True
-                handle.cancel_goal_async()
-            elif not finished and not stopped and (success or should_finish()):
-                # Refused while the episode is not there yet: asked again then.
-                finished = self._call("policy/finish_episode").success
+        try:
+            while not self._until(result.done, 0.02):
+                if time.monotonic() - began > max_duration + ANSWER_TIME:
+                    raise UserError(
+                        f"the episode does not end; it should have after {max_duration:g} s"
+                    )
+                if success is False and self._task is not None and self._task.success:
+                    success = True
+                if not stopped and should_stop():
+                    stopped = True
+                    handle.cancel_goal_async()
+                elif not finished and not stopped and (success or should_finish()):
+                    # Refused while the episode is not there yet: asked again then.
+                    finished = self._call("policy/finish_episode").success
+        except BaseException:  # Ctrl-C too: nobody watches the arm from here on
+            handle.cancel_goal_async()
+            raise
         duration = time.monotonic() - began
         return EpisodeOutcome(result.result().result, success, duration, _rise(before, self._guard))
 

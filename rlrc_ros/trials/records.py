@@ -44,7 +44,7 @@ class EpisodeRecord:
         outcome: success, failure, partial or unlabelled; says nothing of how the episode ended.
         score: 0 to 100, for a partial outcome.
         termination_reason: how the episode ended: finished, timeout, operator_stop, guard_stop,
-            policy_error, observation_lost, node_deactivated.
+            client_lost, policy_error, observation_lost, node_deactivated.
         steps: control steps taken.
         duration_s: seconds from the first command to the last.
         latency_ms_p50: median over the episode of observation complete to command published, in

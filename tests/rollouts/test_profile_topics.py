@@ -21,6 +21,13 @@ def test_a_profile_has_topics_with_types_and_limits():
     assert profile_topics(compressed)[0].type == "sensor_msgs/msg/CompressedImage"
 
 
+def test_a_gripper_behind_an_action_has_no_topic():
+    by_action = replace(PROFILE, simulated=False, gripper_command_type="action")
+    roles = [topic.role for topic in profile_topics(PROFILE)]
+    assert [topic.role for topic in profile_topics(by_action)] == roles[:-1]
+    assert roles[-1] == "gripper_command"
+
+
 def test_a_bag_with_all_of_the_profile_differs_in_nothing(tmp_path):
     assert differences(robot_bag(tmp_path)) == []
 

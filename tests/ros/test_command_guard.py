@@ -1,19 +1,26 @@
+import importlib.util
 import itertools
 import math
+import os
 import signal
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rcl_interfaces.srv import SetParameters
+from rclpy.action.server import ActionServer, GoalResponse
 from rlrc.msg import GuardStatus, PolicyCommand
 from std_msgs.msg import Bool, Float64MultiArray
 from std_srvs.srv import Trigger
 
 from rlrc_ros.messages.command import policy_command, twist_array
-from rlrc_ros.nodes.common import COMMAND_QOS, SENSOR_QOS
+from rlrc_ros.nodes.common import COMMAND_QOS, POLICY_QOS, SENSOR_QOS
+from tests.ros.conftest import BIN
 
 PERIOD = 0.01
 # Braked within one period, so that when it stops is when it decided to.
@@ -25,12 +32,14 @@ class Arm:
 
     def __init__(self, ros, start, environment=None, **parameters):
         self.ros = ros
+        # On a busy machine this process may seem dead for some ms. What then: test_stack.
+        parameters = {"policy_lease": 2.0} | parameters
         self.guard = start("command_guard_node", parameters, environment)
         kind = PoseStamped if parameters.get("output") == "pose" else TwistStamped
         self.twists = ros.collect(kind, "ee_command", COMMAND_QOS)
         self.grippers = ros.collect(Float64MultiArray, "gripper_command", COMMAND_QOS)
         self.states = ros.collect(GuardStatus, "command_guard/status")
-        self.publisher = ros.publisher(PolicyCommand, "policy_command", COMMAND_QOS)
+        self.publisher = ros.publisher(PolicyCommand, "policy_command", POLICY_QOS)
         ros.published("ee_command")
         assert ros.until(lambda: self.states)
         self._poses = ros.node.create_publisher(PoseStamped, "ee_pose", SENSOR_QOS)
@@ -137,7 +146,7 @@ def test_bad_commands_are_dropped_and_counted(ros, start):
 
 def test_a_second_publisher_cannot_take_the_arm(ros, start):
     arm = Arm(ros, start)
-    first, second = arm.publisher, ros.publisher(PolicyCommand, "policy_command", COMMAND_QOS)
+    first, second = arm.publisher, ros.publisher(PolicyCommand, "policy_command", POLICY_QOS)
     ros.spin(0.3)
 
     def intrude():
@@ -149,6 +158,15 @@ def test_a_second_publisher_cannot_take_the_arm(ros, start):
     arm.drive(0.5, every=intrude, x=0.1)
     assert all(m.twist.linear.x >= 0.0 for _, m in arm.twists) and arm.speed > 0.0
     assert ros.until(lambda: arm.status.rejected_source >= 8)
+
+
+def test_a_publisher_that_promises_no_sign_of_life_is_not_heard(ros, start):
+    arm = Arm(ros, start)
+    arm.publisher = ros.node.create_publisher(PolicyCommand, "policy_command", COMMAND_QOS)
+    said = "offering incompatible QoS. No messages will be received from it"
+    assert ros.until(lambda: said in arm.guard.output)
+    arm.drive(0.3)
+    assert not arm.twists and arm.status.accepted == arm.status.rejected_source == 0
 
 
 def test_sigterm_brakes_and_leaves_a_stop_as_the_last_command(ros, start):
@@ -278,6 +296,33 @@ def test_the_holder_of_the_arm_and_what_is_limited_are_told(ros, start):
     assert arm.reaches("waiting") and arm.status.episode_id == ""
 
 
+# Without the capability, and with no real-time priority allowed, as for an ordinary user.
+UNPRIVILEGED = """
+import ctypes, os, resource, sys
+ctypes.CDLL(None).prctl(24, 23, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_NICE
+resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("privileged", [True, False])
+def test_it_runs_ahead_of_other_processes_where_it_may(ros, start, privileged):
+    diagnostics = ros.collect(DiagnosticArray, "/diagnostics")
+    command = BIN / "command_guard_node"
+    guard = start([command] if privileged else [sys.executable, "-c", UNPRIVILEGED, command])
+    assert ros.until(lambda: diagnostics)
+    values = {v.key: v.value for v in diagnostics[-1][1].status[0].values}
+    tasks = [int(task.name) for task in Path(f"/proc/{guard.pid}/task").iterdir()]
+    policies = {os.sched_getscheduler(task) for task in tasks}
+    if values["scheduling"] == "SCHED_FIFO, priority 10":
+        assert privileged and policies == {os.SCHED_FIFO} and len(tasks) > 5
+    else:
+        assert policies == {os.SCHED_OTHER}
+        assert "Operation not permitted" in values["scheduling"]
+        assert "runs as other processes do ([Errno 1]" in guard.output
+    assert guard.stop() == 0
+
+
 def test_a_dry_run_commands_nothing(ros, start):
     arm = Arm(ros, start, dry_run="true")
     arm.drive(0.5)
@@ -289,6 +334,48 @@ def test_the_gripper_gets_its_own_unit(ros, start):
     arm = Arm(ros, start, gripper_command_closed=0.8, gripper_command_open=0.0)
     arm.drive(0.3, gripper=0.25)
     assert arm.grippers[-1][1].data[0] == pytest.approx(0.6)
+
+
+def test_a_gripper_behind_an_action_gets_few_goals(ros, start):
+    control_msgs = pytest.importorskip("control_msgs.action", reason="comes with apt's ROS 2")
+    goals, answers = [], [GoalResponse.REJECT]
+
+    def take(goal):
+        goals.append((goal.command.position, goal.command.max_effort))
+        return answers.pop() if answers else GoalResponse.ACCEPT
+
+    def move(handle):
+        handle.succeed()
+        return control_msgs.GripperCommand.Result(reached_goal=True)
+
+    ActionServer(ros.node, control_msgs.GripperCommand, "grip", move, goal_callback=take)
+    unit = {"gripper_command_closed": 0.8, "gripper_command_open": 0.0, "gripper_max_effort": 9.0}
+    arm = Arm(ros, start, gripper_action="grip", max_gripper_rate=4.0, **unit)
+    arm.drive(1.0, gripper=0.25)
+    assert goals == [(pytest.approx(0.6), 9.0)] * 2, "asked again, since it refused, and then not"
+    arm.drive(1.0, gripper=1.0)
+    positions = [position for position, _ in goals]
+    assert positions == sorted(positions, reverse=True) and positions[-1] == pytest.approx(0.0)
+    assert 3 <= len(goals) <= 6, "opening takes 0.2 s, and goals lie 0.1 s apart"
+    assert arm.reaches("waiting")
+    arm.drive(0.5, gripper=1.0)
+    assert goals[-2:] == [(pytest.approx(0.0), 9.0)] * 2, "somebody may have closed it meanwhile"
+    assert not arm.grippers
+
+
+def test_a_gripper_whose_action_nobody_offers_is_told_and_the_arm_moves(ros, start):
+    pytest.importorskip("control_msgs.action", reason="comes with apt's ROS 2")
+    arm = Arm(ros, start, gripper_action="nowhere")
+    assert arm.drive_until(lambda: "gripper: nobody offers its action" in arm.guard.output)
+    assert arm.speed > 0.0
+
+
+def test_an_action_without_its_messages_is_refused_in_one_line(start):
+    if importlib.util.find_spec("control_msgs"):
+        pytest.skip("they are installed")
+    guard = start("command_guard_node", {"gripper_action": "grip"})
+    assert guard.wait() == 2 and len(guard.output.splitlines()) == 1
+    assert "sudo apt install ros-$ROS_DISTRO-control-msgs" in guard.output
 
 
 @pytest.mark.parametrize(

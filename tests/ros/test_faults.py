@@ -164,10 +164,11 @@ def test_a_policy_that_hangs_stops_the_arm_at_once_and_the_episode_in_the_end(st
 
 
 def test_a_frozen_policy_node_leaves_a_standing_arm_and_does_not_go_on(stack):
-    stops = stack.guard_states[-1][1].stops_on_silence
     future = stack.begin("moves")
+    stops = stack.guard_states[-1][1].liveliness_lost
     stack.processes["policy_node"].send(signal.SIGSTOP)
-    assert stack.ros.until(lambda: stack.guard_states[-1][1].stops_on_silence > stops, 10.0)
+    assert stack.ros.until(lambda: stack.guard_states[-1][1].liveliness_lost > stops, 10.0)
+    assert stack.said("command_guard", "a policy's process gives no sign of life")
     assert stack.stands(2.0)
     stack.processes["policy_node"].send(signal.SIGCONT)
     result = stack.result(future)

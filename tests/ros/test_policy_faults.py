@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import signal
+import sys
 import time
 
 import numpy as np
@@ -10,11 +12,20 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus
+from rlrc.srv import LabelEpisode
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 
 from rlrc_ros.messages.stamps import to_nanoseconds, to_stamp
-from tests.ros.policy_robot import JOINTS, broken
+from tests.ros.policy_robot import INSTRUCTION, JOINTS, broken
+
+CLIENT = f"""
+import sys
+from rlrc_ros.trials.client import RobotClient
+with RobotClient() as client:
+    client.wait_until_ready(lambda: None, simulated=False)
+    client.run_episode("{INSTRUCTION}", "original", sys.argv[1], 60.0, record=False)
+"""
 
 
 def test_a_guard_that_dies_ends_the_episode_and_without_one_there_is_none(robot):
@@ -45,6 +56,32 @@ def test_a_guard_that_follows_others_ends_the_episode(robot, status, words):
     _, result = robot.result(handle)
     assert (result.termination_reason, result.message) == ("guard_stop", words)
     assert robot.stands(episode_id)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGKILL, "client_lost the process that ran it is gone"),
+        (signal.SIGSTOP, "client_lost the process that ran it is gone"),
+        (signal.SIGINT, ""),
+    ],
+)
+def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, reason):
+    node = robot.ros.node
+    label = node.create_service(LabelEpisode, "recorder/label", lambda _, response: response)
+    episode_id = f"attended by {number.name}"
+    words = ["--ros-args", "-r", "__ns:=/shared"]
+    client = start([sys.executable, "-c", CLIENT, episode_id, *words])
+    robot.acts(episode_id, 13)
+    client.send(number)
+    assert robot.ros.until(lambda: robot.states[-1][1].state == "idle", 10.0)
+    assert robot.stands(episode_id)
+    said = robot.ros.collect(DiagnosticArray, "/diagnostics")
+    assert robot.ros.until(lambda: said)
+    ended = f"ready; {episode_id}: {reason}" if reason else "ready"
+    assert robot.ros.until(lambda: said[-1][1].status[0].message == ended, 5.0)
+    client.send(signal.SIGKILL)
+    node.destroy_service(label)
 
 
 def test_a_camera_that_changes_its_resolution_ends_the_episode(robot):

@@ -213,7 +213,9 @@ def test_requests_at_the_wrong_time_are_refused_in_one_line(recorder):
     assert recorder.stop().message == "nothing is being recorded"
     assert "not JSON" in recorder.start(metadata_json="{").message
     assert "not a JSON object" in recorder.start(metadata_json="[1]").message
-    assert recorder.start("e1").success
+    started = recorder.start("e1")
+    again = recorder.start("e1")
+    assert started.success and again.success and again.uri == started.uri, "no answer had come"
     assert "e1 is being recorded" in recorder.start("e2").message
     assert recorder.stop().success
     assert "exists already" in recorder.start("e1").message

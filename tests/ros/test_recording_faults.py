@@ -185,6 +185,13 @@ def test_an_episode_ends_when_its_recorder_dies(stack):
     report = verify(bag)
     assert report.ok and report.episode.termination_reason == INTERRUPTED
     assert report.episode.instruction == INSTRUCTION and report.messages > 10
+    # At once: the dead one is still in the graph, and looks as if it would answer.
+    stack.restart("recorder_node")
+    assert stack.ros.until(lambda: "bags go to" in stack.processes["recorder_node"].output)
+    result = stack.result(stack.begin("alive", 1.0))
+    assert (result.termination_reason, result.message) == ("timeout", "after 1 s")
+    assert verify(stack.bags / "alive").ok
+    assert "recorder/start did not answer" not in stack.processes["policy_node"].output
 
 
 def test_arm_and_recorder_may_die_together(ros, start, bundles, tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import yaml
 from geometry_msgs.msg import PoseStamped, TwistStamped
+from rclpy.action.server import ActionServer
 from rclpy.qos import DurabilityPolicy, QoSProfile
+from rlrc.action import RunEpisode
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
 
@@ -154,6 +156,19 @@ def test_a_wrong_name_gets_the_right_ones_and_qos_and_silence_are_told(ros, prob
     assert found["ee_pose"].startswith("the arm is outside of its workspace, at 0.900, 0.000")
     assert found["ee_command"].startswith("QoS does not fit: ")
     assert found["policies.A"] == "it looks through front; cameras: wrist"
+
+
+def test_a_gripper_behind_an_action_is_looked_for(ros, problems):
+    Robot(ros).controller()
+    action = {"simulated": False, "gripper_command_type": "action"}
+    found = problems(**action)
+    assert found == {
+        "gripper_command": "nobody offers this action; is the gripper's driver running?"
+    }
+    server = ActionServer(ros.node, RunEpisode, "gripper_command", lambda _: None)
+    other = "it is of type rlrc/action/RunEpisode_SendGoal, not control_msgs/action/GripperCommand_"
+    assert problems(**action)["gripper_command"].startswith(other)
+    server.destroy()
 
 
 def test_slow_and_late_sources_are_told(ros, problems):

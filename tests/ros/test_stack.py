@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.action.client import ActionClient
 from rlrc.action import RunEpisode
-from rlrc.msg import GuardStatus
+from rlrc.msg import GuardStatus, PolicyCommand
 
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
@@ -41,6 +42,8 @@ def test_the_arm_stops_when_the_policy_node_is_killed(start, bundles, profile, t
         twists = ros.collect(TwistStamped, "ee_command", COMMAND_QOS)
         poses = ros.collect(PoseStamped, "ee_pose", SENSOR_QOS)
         states = ros.collect(GuardStatus, "command_guard/status")
+        commands = ros.collect(PolicyCommand, "policy_command")
+        diagnostics = ros.collect(DiagnosticArray, "/diagnostics")
         action = ActionClient(ros.node, RunEpisode, "policy/run_episode")
         assert ros.until(action.server_is_ready)
         assert ros.until(lambda: poses and states)
@@ -54,12 +57,17 @@ def test_the_arm_stops_when_the_policy_node_is_killed(start, bundles, profile, t
 
         assert ros.until(begin)
         assert ros.until(lambda: any(twist_array(m.twist).any() for _, m in twists))
-        assert states[-1][1].stops_on_silence == 0
+        before = states[-1][1]
+        commands.clear()
+        assert ros.until(lambda: commands)
         processes["policy_node"].send(signal.SIGKILL)
         processes["policy_node"].wait()
 
-        assert ros.until(lambda: states[-1][1].stops_on_silence == 1, 5.0)
+        assert ros.until(lambda: states[-1][1].liveliness_lost > before.liveliness_lost, 5.0)
+        assert states[-1][1].stops_on_silence == before.stops_on_silence, "death is noticed first"
         assert states[-1][1].state in ("holding", "waiting")
+        reason = "holding: a policy's process gives no sign of life"
+        assert ros.until(lambda: reason in [s.message for _, d in diagnostics for s in d.status])
         assert ros.until(lambda: not twist_array(twists[-1][1].twist).any(), 5.0)
         ros.spin(0.5)  # the arm comes to rest
         twists.clear(), poses.clear()

@@ -105,3 +105,10 @@ def test_stamps_come_back_and_half_an_entry_is_left_out(tmp_path):
     writer.flush()
     path.write_bytes(path.read_bytes() + b"half")
     assert read_stamps(path) == {0: [5, 2**62], 1: [-1]}
+
+
+def test_the_slowest_swap_decides():
+    assert rows.swap_row([3.0, 49.0], [0.1, 0.2])["met"]
+    slow = rows.swap_row([3.0, 51.0], [0.1, 0.2])
+    assert not slow["met"] and slow["swaps"] == 2 and slow["call_ms"]["max"] == 51.0
+    assert not rows.swap_row([], [])["met"]

@@ -215,7 +215,8 @@ const PHASES = {
 
 const REASONS = {
   finished: "finished", timeout: "ran out of time", operator_stop: "stopped by the operator",
-  guard_stop: "stopped by the command guard", policy_error: "the policy failed",
+  guard_stop: "stopped by the command guard", client_lost: "whoever ran it was lost",
+  policy_error: "the policy failed",
   observation_lost: "the sensors fell silent", node_deactivated: "the node was shut down",
   interrupted: "interrupted: it is run again",
 };
