@@ -79,7 +79,8 @@ def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, rea
     said = robot.ros.collect(DiagnosticArray, "/diagnostics")
     assert robot.ros.until(lambda: said)
     ended = f"ready; {episode_id}: {reason}" if reason else "ready"
-    assert robot.ros.until(lambda: said[-1][1].status[0].message == ended, 5.0)
+    messages = [status.message for _, message in said for status in message.status]
+    assert robot.ros.until(lambda: said[-1][1].status[0].message == ended, 5.0), messages
     client.send(signal.SIGKILL)
     node.destroy_service(label)
 
