@@ -26,6 +26,7 @@ ANSWER_TIME = 30.0
 """s for a service to answer."""
 CLOCK_TOLERANCE = 0.5
 """s by which the clocks of two machines may differ."""
+STATUS_DEPTH = 10
 
 
 @dataclass
@@ -61,7 +62,7 @@ class RobotClient:
         self._status_delay = 0.0
         self._node.create_subscription(TaskState, "sim_arm/task_state", self._on_task, 10)
         self._node.create_subscription(GuardStatus, "command_guard/status", self._on_guard, 10)
-        self._node.create_subscription(PolicyStatus, "policy/status", self._on_status, 10)
+        self._node.create_subscription(PolicyStatus, "policy/status", self._on_status, STATUS_DEPTH)
         self._run: ActionClient[Any, Any, Any] = ActionClient(
             self._node, RunEpisode, "policy/run_episode"
         )
@@ -119,9 +120,12 @@ class RobotClient:
         self._check_clock()
 
     def _check_clock(self) -> None:
-        """Compare clocks; the smallest of several delays is theirs, the rest is the machine's."""
+        """Compare clocks; the smallest of several delays is theirs, the rest is the machine's.
+
+        More of them than the subscription queues: after a pause of this process those are all late.
+        """
         delays = []
-        for _ in range(3):
+        for _ in range(STATUS_DEPTH + 3):
             self._status = None
             if self._until(lambda: self._status is not None, ANSWER_TIME):
                 delays.append(self._status_delay)
