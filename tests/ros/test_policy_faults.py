@@ -74,7 +74,7 @@ def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, rea
     client = start([sys.executable, "-c", CLIENT, episode_id, *words])
     robot.acts(episode_id, 13)
     client.send(number)
-    assert robot.ros.until(lambda: robot.states[-1][1].state == "idle", 10.0)
+    assert robot.ros.until(lambda: robot.states[-1][1].state == "idle", 30.0), client.output()
     assert robot.stands(episode_id)
     said = robot.ros.collect(DiagnosticArray, "/diagnostics")
     assert robot.ros.until(lambda: said)
