@@ -385,12 +385,12 @@ class Trainer:
         self._learnt = nn.ModuleDict({"model": model, "head": self._head})
         on_gpu = device.type == "cuda"
         # Tensors, so that a captured step sees what they are by then.
-        self._learning_rate = torch.tensor(config.learning_rate, device=device)
+        learning_rate = torch.tensor(config.learning_rate, device=device)
         self._follow = torch.ones((), device=device)
         self._learning = [p for p in self._learnt.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._learning,
-            lr=self._learning_rate if on_gpu else config.learning_rate,
+            lr=learning_rate if on_gpu else config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.95),
             fused=on_gpu,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlrc_ros.cli.bench_shape import device_rates, random_model
+from rlrc_ros.cli.bench_shape import device_rates, random_model, say, synchronize
 from rlrc_ros.errors import UserError
 from rlrc_ros.timing import percentiles, ratio_interval
 from rlrc_ros.vla import matrices
@@ -199,7 +198,7 @@ def measure(
         except torch.OutOfMemoryError as error:
             line = str(error).splitlines()[0]
             facts.setdefault("failed", {})[name] = line
-            _say(f"{name}: {line}")
+            say(f"{name}: {line}")
             continue
         if name == "full":
             contestant.facts["against_transformers_actions"] = _compare(
@@ -214,7 +213,7 @@ def measure(
             if number >= WARM_UP_ROUNDS:
                 contestant.times_ms.append(elapsed)
         if number % 50 == 49:
-            _say(f"round {number + 1 - WARM_UP_ROUNDS} of {rounds}")
+            say(f"round {number + 1 - WARM_UP_ROUNDS} of {rounds}")
             save(facts | {"variants": _summarise(contestants, facts["device_rates"])})
     facts["variants"] = _summarise(contestants, facts["device_rates"])
     save(facts)
@@ -274,7 +273,7 @@ def _build(
         _timed(contestant, observation, device)
     if on_gpu:
         facts["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    _say(f"{name}: ready in {time.perf_counter() - start:.1f} s")
+    say(f"{name}: ready in {time.perf_counter() - start:.1f} s")
     return contestant
 
 
@@ -289,16 +288,11 @@ def _inputs(contestant: Contestant, observation: Inputs, device: torch.device) -
 def _timed(contestant: Contestant, observation: Inputs, device: torch.device) -> float:
     """From the images' bytes to the actions on the host, in ms."""
     codec = ActionCodec(contestant.config.action_codec)
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     chunk = contestant.engine.chunk(_inputs(contestant, observation, device))
     codec.unscale(chunk[0, :, : contestant.config.action_codec.dimensions].double().numpy())
     return (time.perf_counter() - start) * 1e3
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _compare(
@@ -401,7 +395,3 @@ def table(facts: dict[str, Any]) -> str:
         "tera-operations/s"
     )
     return "\n".join(lines)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -242,7 +242,7 @@ def measure(
         except torch.OutOfMemoryError as error:
             line = str(error).splitlines()[0]
             facts.setdefault("failed", {})[name] = line
-            _say(f"{name}: {line}")
+            say(f"{name}: {line}")
             continue
         if name == "full":
             variant.facts["against_eager"] = _compare(reference, variant, images, device)
@@ -256,7 +256,7 @@ def measure(
             if number >= WARM_UP_ROUNDS:
                 contestant.times_ms.append(elapsed)
         if number % 50 == 49:
-            _say(f"round {number + 1 - WARM_UP_ROUNDS} of {rounds}")
+            say(f"round {number + 1 - WARM_UP_ROUNDS} of {rounds}")
             save(facts | {"variants": _summarise(contestants, facts["device_rates"])})
     facts["variants"] = _summarise(contestants, facts["device_rates"])
     save(facts)
@@ -281,10 +281,10 @@ def _best(function: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the fastest of a few calls."""
     times = []
     for _ in range(10):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         function()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -330,7 +330,7 @@ def _build(
         _timed(contestant, image, device)
     if on_gpu:
         facts["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    _say(f"{name}: ready in {time.perf_counter() - start:.1f} s")
+    say(f"{name}: ready in {time.perf_counter() - start:.1f} s")
     return contestant
 
 
@@ -358,7 +358,7 @@ def _numbers(contestant: Contestant, inputs: Inputs) -> NDArray[Any]:
 def _timed(contestant: Contestant, images: NDArray[np.uint8], device: torch.device) -> float:
     """From the images' bytes to the actions on the host, in ms."""
     codec = ActionCodec(contestant.config.action_codec)
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     numbers = _numbers(contestant, _inputs(contestant, images, device))
     decode = codec.unscale if isinstance(contestant.engine, ChunkEngine) else codec.decode
@@ -366,7 +366,8 @@ def _timed(contestant: Contestant, images: NDArray[np.uint8], device: torch.devi
     return (time.perf_counter() - start) * 1e3
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for all that runs on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -485,5 +486,6 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell people what goes on, beside the result."""
     print(line, file=sys.stderr, flush=True)
