@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
-from rlrc_ros.vla.quantization import Int8Linear, bitsandbytes, is_quantized, weight_bytes
+from rlrc_ros.vla.quantization import (
+    Int8Linear,
+    is_quantized,
+    nf4_scales,
+    unpack_nf4,
+    weight_bytes,
+)
 
 
 class Engine(Protocol):
@@ -113,27 +119,17 @@ class _NF4:
     """
 
     def __init__(self, linears: list[Any], dtype: torch.dtype) -> None:
-        functional = bitsandbytes().functional
-        packed, scales, rows = [], [], 0
-        for linear in linears:
-            state = linear.weight.quant_state
-            absmax = state.absmax
-            if state.nested:
-                absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
-            assert state.shape.numel() % state.blocksize == 0
-            packed.append(linear.weight.data.reshape(-1, 1))
-            scales.append(absmax.float())
-            rows += state.shape[0]
-        self._packed, self._scales = torch.cat(packed), torch.cat(scales)
-        self._shape = [rows, linears[0].weight.quant_state.shape[1]]
-        self._block, self._dtype = state.blocksize, dtype
-        self._dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+        weights = [linear.weight for linear in linears]
+        states = [weight.quant_state for weight in weights]
+        assert all(state.shape.numel() % state.blocksize == 0 for state in states)
+        self._packed = torch.cat([weight.data.reshape(-1, 1) for weight in weights])
+        self._scales = torch.cat([nf4_scales(weight) for weight in weights])
+        self._shape = (sum(state.shape[0] for state in states), states[0].shape[1])
+        self._block, self._dtype = states[0].blocksize, dtype
         self.nbytes = self._packed.nbytes + self._scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self._dequantize(
-            self._packed, self._scales, self._block, "nf4", self._shape, self._dtype
-        )
+        weight = unpack_nf4(self._packed, self._scales, self._block, self._shape, self._dtype)
         return F.linear(x, weight)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrc_ros.vla.quantization import Int8Linear, bitsandbytes, is_quantized
+from rlrc_ros.vla.quantization import Int8Linear, is_quantized, nf4_scales, nf4_weight
 
 NF4_BLOCK = 64
 UNPACKED_ROWS = 8192
@@ -72,19 +72,11 @@ def held(linears: list[Any], dtype: torch.dtype) -> Matrix:
         return _dense([linear.weight.detach() for linear in linears])
     if isinstance(linears[0], Int8Linear):
         return _dense([linear.dequantized(dtype) for linear in linears])
-    functional = bitsandbytes().functional
     states = [linear.weight.quant_state for linear in linears]
     if any(state.blocksize != NF4_BLOCK or state.shape[1] % NF4_BLOCK for state in states):
-        # Where a block goes on in the next row, bitsandbytes' backends differ: it unpacks its own.
-        pairs = ((linear.weight.data, linear.weight.quant_state) for linear in linears)
-        return _dense([functional.dequantize_4bit(*pair).to(dtype) for pair in pairs])
-    packed, scales = [], []
-    for linear, state in zip(linears, states, strict=True):
-        absmax = state.absmax
-        if state.nested:
-            absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
-        packed.append(linear.weight.data.reshape(-1))
-        scales.append(absmax.float().reshape(-1))
+        return _dense([nf4_weight(linear, dtype) for linear in linears])
+    packed = [linear.weight.data.reshape(-1) for linear in linears]
+    scales = [nf4_scales(linear.weight) for linear in linears]
     shape = (sum(state.shape[0] for state in states), states[0].shape[1])
     return _nf4(torch.cat(packed), shape, torch.cat(scales))
 

@@ -240,16 +240,60 @@ def restore(model: OpenVLA | Pi0, config: QuantizationConfig, tensors: dict[str,
 
 
 def _linear4bit(linear: nn.Linear, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
-    bnb = bitsandbytes()
     with torch.device("meta"):
-        module = bnb.nn.Linear4bit(
+        module = _linear4bit_class()(
             linear.in_features, linear.out_features, bias=False, quant_type="nf4"
         )
     module.weight, module.bias = weight, bias
-    # Where the CPU has AVX512-BF16, bitsandbytes would repack the weights at their first use and go
-    # on in bfloat16, whatever the inputs are: a policy would act differently on different machines.
-    module.support_avx512bf16_for_cpu = False
     return module
+
+
+@functools.cache
+def _linear4bit_class() -> Any:
+    class NF4Linear(bitsandbytes().nn.Linear4bit):  # type: ignore[misc, name-defined]
+        """On a CPU without bitsandbytes' own way of multiplying.
+
+        That is wrong for some widths (`unpack_nf4`), and where the processor has AVX512-BF16 it
+        goes on in bfloat16, whatever the inputs are: a policy would act differently on different
+        machines.
+        """
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.device.type != "cpu":
+                return super().forward(x)
+            return nn.functional.linear(x, nf4_weight(self, x.dtype), self.bias)
+
+    return NF4Linear
+
+
+def nf4_scales(weight: Any) -> Tensor:
+    """What 1 stands for in each block of an NF4 weight, (blocks,) float32."""
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = bitsandbytes().functional.dequantize_blockwise(scales, state.state2) + state.offset
+    return scales.float().reshape(-1)
+
+
+def unpack_nf4(
+    packed: Tensor, scales: Tensor, block: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The weights that NF4 codes stand for, of this shape.
+
+    bitsandbytes is told of rows of one block each: where a row ends within a block, its CPU kernel
+    (0.50) takes the next row's first weights for a new block's, and their scale from there.
+    """
+    bitsandbytes()
+    count = shape[0] * shape[1]
+    rows = [count // block, block] if count % block == 0 else [count]
+    unpack = torch.ops.bitsandbytes.dequantize_4bit.default
+    return unpack(packed, scales, block, "nf4", rows, dtype).view(shape)
+
+
+def nf4_weight(linear: Any, dtype: torch.dtype) -> Tensor:
+    """The weights that an NF4 layer stands for, (outputs, inputs)."""
+    weight, state = linear.weight, linear.weight.quant_state
+    return unpack_nf4(weight.data, nf4_scales(weight), state.blocksize, state.shape, dtype)
 
 
 def is_quantized(module: nn.Module) -> bool:

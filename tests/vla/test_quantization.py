@@ -132,17 +132,39 @@ def test_only_the_decoders_projections_are_quantized():
     assert quantized == expected
 
 
+@pytest.mark.parametrize("width", [96, 224])
+def test_blocks_of_nf4_that_go_on_in_the_next_row_stand_for_their_weights(width):
+    """bitsandbytes' CPU kernel begins a new block with every row."""
+    config = bundle_config(((2, 2, width),) * 3)
+    model, original = random_model(config), random_model(config)
+    quantization.quantize(model, NF4)
+    torch.manual_seed(0)
+    for name, module in model.language_model.model.layers.named_modules():
+        if not quantization.is_quantized(module):
+            continue
+        whole = original.language_model.model.layers.get_submodule(name)
+        stood_for = quantization.nf4_weight(module, torch.float32)
+        assert (stood_for - whole.weight).norm() / whole.weight.norm() < 0.12
+        assert torch.equal(matrices.held([module], torch.float32).data, stood_for) or (
+            whole.in_features % 64 == 0
+        )
+        x = torch.randn(5, whole.in_features)
+        torch.testing.assert_close(module(x), x @ stood_for.T)
+        whole.weight.data = stood_for
+    inputs = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(model.state(inputs), original.state(inputs))
+    one = batch(1)
+    assert torch.equal(UnrolledEngine(model).bins(one), EagerEngine(original).bins(one))
+
+
 def test_nf4_keeps_the_weights_nearly_and_a_seventh_of_their_bytes():
     model, original = random_model(bundle_config()), random_model(bundle_config())
     quantization.quantize(model, NF4)
     layers, whole = model.language_model.model.layers, original.language_model.model.layers
-    dequantize = quantization.bitsandbytes().functional.dequantize_4bit
     for layer, reference in zip(layers, whole, strict=True):
-        weight = layer.mlp.gate_proj.weight
-        found, expected = (
-            dequantize(weight.data, weight.quant_state),
-            reference.mlp.gate_proj.weight,
-        )
+        found = quantization.nf4_weight(layer.mlp.gate_proj, torch.float32)
+        expected = reference.mlp.gate_proj.weight
         assert (found - expected).norm() / expected.norm() < 0.12
     small = quantization.weight_bytes(layers[0].mlp.gate_proj)
     # 64 × 64 weights: the tables for double quantization, about 1.2 kB a matrix, weigh as much.
