@@ -250,7 +250,7 @@ def _linear4bit(linear: nn.Linear, weight: Tensor, bias: nn.Parameter | None) ->
 
 @functools.cache
 def _linear4bit_class() -> Any:
-    class NF4Linear(bitsandbytes().nn.Linear4bit):  # type: ignore[misc, name-defined]
+    class NF4Linear(bitsandbytes().nn.Linear4bit):  # type: ignore[misc]
         """On a CPU without bitsandbytes' own way of multiplying.
 
         That is wrong for some widths (`unpack_nf4`), and where the processor has AVX512-BF16 it
