@@ -112,6 +112,25 @@ class CorrectionsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train small matrices beside a frozen policy's linear layers, see `training.lora`.
+
+    The defaults are OpenVLA's.
+    """
+
+    rank: int = 32
+    alpha: int = 16
+    """What the matrices give is scaled by alpha / rank."""
+    targets: tuple[Literal["decoder", "vision"], ...] = ("decoder",)
+    """Whose layers: the decoder's, with pi0 those of the action expert as well; the towers'."""
+
+    def __post_init__(self) -> None:
+        _check("lora", self, positive="rank alpha")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise UserError("lora: 'targets' must name at least one part, and each once")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Supervised fine-tuning on action tokens."""
 
@@ -146,10 +165,20 @@ class SftConfig:
     freeze_vision: bool = False
     """Leave the vision towers as they are: a pruned policy's have seen more than a recovery
     shows."""
+    augmentation: Literal["openvla"] | None = None
+    """In place of `brightness` and `shift`, how OpenVLA changes images: a crop of 90% of the area,
+    brightness, contrast, saturation and hue. The policy then looks at the centre of its images."""
+    micro_batch: int | None = None
+    """Samples in memory at a time (default: the whole batch); gradients add up to the batch's."""
+    gradient_checkpointing: bool | None = None
+    """Compute what is inside a block anew in the backward pass: less memory, a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters alone (default: every weight)."""
     corrections: tuple[CorrectionsConfig, ...] = ()
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
+        self._check_combination()
         positive = "steps batch_size learning_rate max_grad_norm checkpoint_every"
         natural = "warmup_steps weight_decay average label_width grounding brightness shift"
         _check("sft", self, positive=positive, natural=f"{natural} distillation")
@@ -161,6 +190,23 @@ class SftConfig:
                     f"sft: corrections are due at step {corrections.at_step}, and there are "
                     f"{self.steps} steps"
                 )
+
+    def _check_combination(self) -> None:
+        """Refuse what cannot be had together, or would have no effect."""
+        if self.micro_batch is not None:
+            _check("sft", self, positive="micro_batch")
+            if self.batch_size % self.micro_batch:
+                raise UserError(
+                    f"sft: 'batch_size' {self.batch_size} is no multiple of 'micro_batch' "
+                    f"{self.micro_batch}"
+                )
+        if self.lora is not None and self.freeze_vision:
+            raise UserError(
+                "sft: with 'lora' all weights are frozen; leave 'freeze_vision' out, and 'vision' "
+                "out of its 'targets'"
+            )
+        if self.augmentation and self.shift:
+            raise UserError("sft: 'augmentation' moves images by itself; leave 'shift' out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +387,11 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LAST_SEED:
             raise UserError(f"'seed' is {self.seed}, and must be from 0 to {LAST_SEED}")
+        if self.sft.lora is not None:
+            raise UserError(
+                "sft: 'lora' adapts a trained policy, and this stage makes one; 'recovery' can "
+                "have it"
+            )
         if self.environment != "tabletop":
             self._check_libero()
 

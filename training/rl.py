@@ -46,9 +46,10 @@ from training.common import (
     save_checkpoint,
 )
 from training.config import RlConfig
+from training.data.batches import DemonstrationBatches
 from training.envs.vector import make_vector
 from training.rollout import Batcher, Decoder
-from training.sft import DemonstrationBatches, bc_loss
+from training.sft import bc_loss
 
 
 class TokenActions(VecEnvWrapper):

@@ -93,8 +93,8 @@ def run_stage(
 def batches(arguments: argparse.Namespace, trainable: Any) -> Any:
     """Everything in the directories given, on the device; for pi0 with chunks of actions."""
     from training.common import pick_device
+    from training.data.batches import DemonstrationBatches
     from training.flow import FlowBatches
-    from training.sft import DemonstrationBatches
 
     device, expert = pick_device(arguments.device), trainable.config.architecture.expert
     if expert is None:

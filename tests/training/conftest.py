@@ -8,8 +8,8 @@ from rlrc_ros.vla.policy import build_model
 from rlrc_ros.vla.processor import word_tokenizer
 from tests.conftest import WORDS, bundle_config, tower
 from training.bundles import Trainable
+from training.data.batches import DemonstrationBatches
 from training.data.demonstrations import Demonstrations
-from training.sft import DemonstrationBatches
 
 TEXTS = ["put the red cube on the blue plate", "push the green cylinder into the red square"]
 
