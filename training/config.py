@@ -136,6 +136,7 @@ class SftConfig:
 
     steps: int
     batch_size: int
+    """Of all processes together, where several train."""
     learning_rate: float
     warmup_steps: int
     weight_decay: float = 0.01
@@ -169,7 +170,8 @@ class SftConfig:
     """In place of `brightness` and `shift`, how OpenVLA changes images: a crop of 90% of the area,
     brightness, contrast, saturation and hue. The policy then looks at the centre of its images."""
     micro_batch: int | None = None
-    """Samples in memory at a time (default: the whole batch); gradients add up to the batch's."""
+    """Samples in a device's memory at a time (default: its whole share of the batch); gradients add
+    up to the batch's."""
     gradient_checkpointing: bool | None = None
     """Compute what is inside a block anew in the backward pass: less memory, a third more time."""
     lora: LoraConfig | None = None
@@ -195,11 +197,6 @@ class SftConfig:
         """Refuse what cannot be had together, or would have no effect."""
         if self.micro_batch is not None:
             _check("sft", self, positive="micro_batch")
-            if self.batch_size % self.micro_batch:
-                raise UserError(
-                    f"sft: 'batch_size' {self.batch_size} is no multiple of 'micro_batch' "
-                    f"{self.micro_batch}"
-                )
         if self.lora is not None and self.freeze_vision:
             raise UserError(
                 "sft: with 'lora' all weights are frozen; leave 'freeze_vision' out, and 'vision' "

@@ -32,6 +32,7 @@ from training.config import SftConfig, stated
 from training.data.batches import DemonstrationBatches
 from training.data.demonstrations import Demonstrations
 from training.lora import refuse_new
+from training.ranks import ALONE, Ranks
 from training.sft import Trainer
 
 TIME_ALPHA, TIME_BETA = 1.5, 1.0
@@ -148,12 +149,12 @@ class FlowTrainer(Trainer):
 
     def _draw(self) -> Any:
         config = self._config
-        batch: Any = self._batches.sample(config.batch_size, config.brightness, config.shift)
+        batch: Any = self._batches.sample(self._batch_size, config.brightness, config.shift)
         return batch.disturbed()
 
     def _weights(self, parts: list[Any]) -> list[Any]:
-        known = torch.stack([part.known.sum() for part in parts])
-        return list(known / known.sum())
+        known = torch.stack([part.known.sum() for part in parts]).float()
+        return list(known / self._ranks.mean(known.sum()))
 
     def _losses(self, batch: Any) -> tuple[Tensor, ...]:
         with self._autocast():
@@ -168,6 +169,7 @@ def run(
     seed: int,
     device: torch.device,
     work: Path,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train on demonstrations; returns the stage's facts.
 
@@ -182,5 +184,7 @@ def run(
         refuse_new(trainable, "sft")
     seed_everything(seed)
     began = time.perf_counter()
-    metrics = FlowTrainer(trainable.model, batches, config, device, work).run()
-    return {"seed": seed, "seconds": time.perf_counter() - began, **stated(config), **metrics}
+    metrics = FlowTrainer(trainable.model, batches, config, device, work, ranks=ranks).run()
+    together = {"processes": ranks.count} if ranks.many else {}
+    facts = {"seed": seed, "seconds": time.perf_counter() - began, **together}
+    return {**facts, **stated(config), **metrics}

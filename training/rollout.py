@@ -103,7 +103,8 @@ class _Graph:
                 unrolled(self._inputs, temperature, self._noise)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Of several training processes each has a thread that looks after NCCL; it may go on.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._out = unrolled(self._inputs, temperature, self._noise)
 
     def __call__(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,7 @@ from training.data.collect import collect_corrections
 from training.envs.registry import at_once
 from training.lora import Adapters, refuse_new
 from training.memory import recomputed, refuse_recomputing, transformer_blocks
+from training.ranks import ALONE, Ranks
 from training.rollout import Actor
 
 
@@ -160,9 +161,12 @@ class Trainer:
         correct: called with the number of a corrections round and the averaged policy when that
             round is due; adds it to the batches. Must not collect again what was collected before.
         teacher: whom `config.distillation` imitates; on the device.
+        ranks: who trains together. Each draws its part of every batch itself; all of them call
+            `correct`, and the first one has `work`.
 
     Raises:
-        UserError: the configuration distils, and there is no teacher.
+        UserError: the configuration distils, and there is no teacher; or it asks for what cannot be
+            had together.
     """
 
     LOGGED: tuple[str, ...] = ("loss", "token_accuracy", "grounding_loss")
@@ -178,6 +182,7 @@ class Trainer:
         work: Path,
         correct: Callable[[int, OpenVLA], None] | None = None,
         teacher: OpenVLA | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if config.distillation and teacher is None:
             raise UserError("sft: 'distillation' needs a teacher; name its bundle with --teacher")
@@ -190,7 +195,8 @@ class Trainer:
             Adapters(model, config.lora, compute_dtype(device)) if config.lora else None
         )
         self._model, self._batches, self._config, self._device = model, batches, config, device
-        self._work, self._collect = work, correct
+        self._work, self._collect, self._ranks = work, correct, ranks
+        self._batch_size = ranks.share_of(config.batch_size, "sft: 'batch_size'")
         if isinstance(model, OpenVLAOFT):
             for name in ("label_width", "distillation"):
                 if getattr(config, name):
@@ -198,29 +204,32 @@ class Trainer:
                         f"sft: {name} is about tokens, and the policy gives chunks; leave it"
                     )
         self._head: nn.Module = self._new_head()
-        self._learnt = Learnt(model, self._head, self._losses)
+        learnt = Learnt(model, self._head, self._losses)
         on_gpu = device.type == "cuda"
         # Tensors, so that a captured step sees what they are by then.
         learning_rate = torch.tensor(config.learning_rate, device=device)
         self._follow = torch.ones((), device=device)
-        self._learning = {n: p for n, p in self._learnt.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            self._learning.values(),
+            [p for p in learnt.parameters() if p.requires_grad],
             lr=learning_rate if on_gpu else config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.95),
             fused=on_gpu,
             capturable=on_gpu,
         )
-        self._captured = CapturedStep(self._step_on_batch) if on_gpu and self.CAPTURES else None
+        self._learnt = ranks.wrap(learnt, self._optimizer)
+        self._learning = {n: p for n, p in learnt.named_parameters() if p.requires_grad}
+        captures = on_gpu and self.CAPTURES and not ranks.many
+        self._captured = CapturedStep(self._step_on_batch) if captures else None
         self._current = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         self._average = {name: value.clone() for name, value in self._current.items()}
         self._step = 0
         self._sums = torch.zeros(len(self.LOGGED), device=device)
         self._metrics = dict[str, float]()
+        ranks.reseed()
         work.mkdir(parents=True, exist_ok=True)
         self._restore()
-        self._log = MetricsLog(work / "log.csv", self._step)
+        self._log = MetricsLog(work / "log.csv", self._step) if ranks.first else None
 
     def _new_head(self) -> nn.Module:
         """What is trained beside the policy, and thrown away."""
@@ -243,11 +252,11 @@ class Trainer:
         """A new batch."""
         config = self._config
         augmented = config.augmentation == "openvla"
-        return self._batches.sample(config.batch_size, config.brightness, config.shift, augmented)
+        return self._batches.sample(self._batch_size, config.brightness, config.shift, augmented)
 
     def _weights(self, parts: list[Any]) -> list[Any]:
         """How much each part's mean counts in the batch's."""
-        return [1 / len(parts)] * len(parts)
+        return [len(part) / self._batch_size for part in parts]
 
     def _losses(self, batch: Any) -> tuple[Tensor, ...]:
         """As `LOGGED` names them; the first is minimised."""
@@ -285,14 +294,17 @@ class Trainer:
         self._model.train()
         first = self._step
         steps = range(first, config.steps)
-        for self._step in tqdm(steps, "sft", initial=first, total=config.steps, unit="step"):
+        quiet = not self._ranks.first
+        bar = tqdm(steps, "sft", initial=first, total=config.steps, unit="step", disable=quiet)
+        for self._step in bar:
             self._correct(first)
             self._sums += self._update()
             if (self._step + 1) % every == 0:
-                means = (self._sums / every).tolist()
+                means = (self._ranks.mean(self._sums) / every).tolist()
                 self._metrics = dict(zip(self.LOGGED, means, strict=True))
                 rate = every * config.batch_size / (time.perf_counter() - began)
-                self._log.write(step=self._step, **self._metrics, samples_per_s=rate)
+                if self._log:
+                    self._log.write(step=self._step, **self._metrics, samples_per_s=rate)
                 self._sums.zero_()
                 began = time.perf_counter()
             if (self._step + 1) % config.checkpoint_every == 0:
@@ -316,12 +328,13 @@ class Trainer:
                 group["lr"] = value
 
     def _step_on_batch(self) -> Tensor:
-        batch, size = self._draw(), self._config.micro_batch or self._config.batch_size
+        batch, size = self._draw(), self._config.micro_batch or self._batch_size
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         seen = torch.zeros_like(self._sums)
         for part, weight in zip(parts, self._weights(parts), strict=True):
-            losses = self._learnt(part)
-            (weight * losses[0]).backward()
+            with self._ranks.gathering(self._learnt, last=part is parts[-1]):
+                losses = self._learnt(part)
+                (weight * losses[0]).backward()
             seen += weight * torch.stack(losses).detach()
         nn.utils.clip_grad_norm_(self._learning.values(), self._config.max_grad_norm)
         self._optimizer.step()
@@ -354,25 +367,30 @@ class Trainer:
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {f"learnt.{k}": v for k, v in self._learning.items()}
         tensors |= {f"average.{k}": v for k, v in self._average.items()}
-        tensors |= optimizer_tensors(self._optimizer) | rng_tensors(self._device)
-        tensors["sums"] = self._sums
-        facts = {"step": self._step + 1, "metrics": self._metrics}
-        save_checkpoint(self._work / "checkpoint", tensors, facts)
+        tensors |= optimizer_tensors(self._optimizer)
+        own = {"sums": self._sums, **rng_tensors(self._device)}
+        tensors |= self._ranks.everyones(own)
+        facts = {"step": self._step + 1, "metrics": self._metrics, "ranks": self._ranks.count}
+        if self._ranks.first:
+            save_checkpoint(self._work / "checkpoint", tensors, facts)
 
     def _restore(self) -> None:
-        saved = load_checkpoint(self._work / "checkpoint")
+        place, ranks = self._work / "checkpoint", self._ranks
+        saved = ranks.from_first(load_checkpoint(place) if ranks.first else None)
         if not saved:
             return
         tensors, facts = saved
+        ranks.require(facts.get("ranks", 1), place)
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(tensors[f"learnt.{name}"])
         for name, value in self._average.items():
             value.copy_(tensors[f"average.{name}"])
         restore_optimizer(self._optimizer, tensors)
-        restore_rng(tensors, self._device)
+        own = ranks.mine(tensors, ["sums", *rng_tensors(self._device)])
+        restore_rng(own, self._device)
         self._step, self._metrics = facts["step"], facts["metrics"]
-        self._sums.copy_(tensors["sums"])
+        self._sums.copy_(own["sums"])
 
 
 def schedule(step: int, config: SftConfig) -> float:
@@ -394,10 +412,12 @@ def run(
     latency: tuple[float, float],
     teacher: OpenVLA | None = None,
     environment: str = "tabletop",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train on demonstrations and the corrections collected on the way.
 
-    Corrections go to `work/corrections-N` and into the batches. Returns the stage's facts.
+    Corrections go to `work/corrections-N` and into the batches; of several processes the first one
+    collects them, and all get them. Returns the stage's facts.
 
     Raises:
         UserError: the configuration distils, and there is no teacher; or it adapts a policy that is
@@ -412,12 +432,14 @@ def run(
 
     def correct(number: int, model: OpenVLA) -> None:
         place, wanted = work / f"corrections-{number}", config.corrections[number]
-        if not place.exists():
+        if ranks.first and not place.exists():
             environments = at_once(environment, min(wanted.episodes, 8 * cpu_count()))
             actor = Actor(model, trainable.processor, trainable.codec, device, environments)
             collect_corrections(place, actor, wanted, latency, environment)
-        batches.take(place)
+        batches.take(place, ranks)
 
     began = time.perf_counter()
-    metrics = Trainer(trainable.model, batches, config, device, work, correct, teacher).run()
-    return {"seed": seed, "seconds": time.perf_counter() - began, **stated(config), **metrics}
+    metrics = Trainer(trainable.model, batches, config, device, work, correct, teacher, ranks).run()
+    together = {"processes": ranks.count} if ranks.many else {}
+    facts = {"seed": seed, "seconds": time.perf_counter() - began, **together}
+    return {**facts, **stated(config), **metrics}

@@ -19,6 +19,7 @@ from rlrc_ros.vla.openvla import Inputs
 from rlrc_ros.vla.processor import Processor
 from training import augmentation
 from training.data.demonstrations import Demonstrations, read
+from training.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -64,10 +65,13 @@ class DemonstrationBatches:
         self._images, self._head = architecture.images, architecture.action_head
         self._taken: list[Path] = []
 
-    def take(self, place: Path) -> None:
-        """Add a directory of demonstrations, unless it has been taken before."""
+    def take(self, place: Path, ranks: Ranks = ALONE) -> None:
+        """Add a directory of demonstrations, unless it has been taken before.
+
+        ranks: only the first of them has the directory; the others get what is in it.
+        """
         if place not in self._taken:
-            self.add(read(place))
+            self.add(_received(read(place) if ranks.first else None, ranks))
             self._taken.append(place)
 
     def add(self, data: Demonstrations) -> None:
@@ -198,3 +202,23 @@ class DemonstrationBatches:
             return None
         following = rows[:, None] + torch.arange(self._head.chunk, device=self._device)
         return self._steps["actions"][following.minimum(self._steps["ends"][rows][:, None])]
+
+
+def _received(data: Demonstrations | None, ranks: Ranks) -> Demonstrations:
+    """What the first process has read."""
+    if not ranks.many:
+        assert data is not None
+        return data
+    found = None
+    if data is not None:
+        tensors = {name: torch.from_numpy(getattr(data, name)) for name in _ARRAYS}
+        found = tensors, {"instructions": data.instructions, "episodes": data.episodes}
+    shared = ranks.from_first(found)
+    assert shared is not None
+    tensors, facts = shared
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return Demonstrations(**arrays, **facts)
+
+
+_ARRAYS = ("images", "proprioception", "actions", "grounding", "prompts")
+"""Of demonstrations, what is an array."""
