@@ -21,6 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlrc_ros.errors import UserError
 from training.common import seed_everything
@@ -44,7 +47,7 @@ class Ranks:
         self._accelerator = accelerator
         self.count: int = accelerator.num_processes if accelerator else 1
         self.number: int = accelerator.process_index if accelerator else 0
-        self.sharded = bool(accelerator and accelerator.distributed_type == "FSDP")
+        self.sharded = self.many and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
     @property
     def first(self) -> bool:
@@ -68,21 +71,37 @@ class Ranks:
             )
         return total // self.count
 
-    def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    def wrap(self, module: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """The module to be called, so that its gradients are averaged: DDP's, or sharded in place.
 
-        Parameters are the first process's from here on; with FSDP2 they are others than before.
+        Parameters are the first process's from here on. With FSDP2 they are others than before, and
+        all of them must come from the same weights.
+
+        blocks: parts of it that are gathered one after another where it is sharded.
         """
         if not self.many:
             return module
-        wrapped, _ = self._accelerator.prepare(module, optimizer)
-        return wrapped
+        if not self.sharded:
+            return self._accelerator.prepare(module)
+        # Not through `prepare`, which shards on GPUs only, and wants to be told the blocks by name.
+        mesh = init_device_mesh(self._accelerator.device.type, (self.count,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        return module
 
     def gathering(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Around a backward pass: only that of a batch's last part averages what was added up."""
-        if last or not self.many:
+        if last or self.sharded or not self.many:
             return contextlib.nullcontext()
         return self._accelerator.no_sync(wrapped)
+
+    def unshard(self, module: nn.Module) -> None:
+        """Give a module that was sharded all of its weights back, on every process."""
+        for part in module.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                if isinstance(parameter, DTensor):
+                    part.register_parameter(name, nn.Parameter(whole(parameter.detach())))
 
     def reseed(self) -> None:
         """Let this process draw something else than the others, who had the same seed until now."""
@@ -182,6 +201,24 @@ class Ranks:
         return there.to(tensor.device)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which with FSDP2 every process has a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of it, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(full: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor in parts as another one has them, if it has."""
+    if isinstance(tensor, DTensor) and full.shape == tensor.shape:
+        moved = full.to(tensor.device)
+        return distribute_tensor(moved, tensor.device_mesh, tensor.placements)
+    return full
+
+
 ALONE = Ranks()
 
 
@@ -201,6 +238,8 @@ def join(device: str | None) -> Ranks:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise UserError("FSDP 1 is not there; launch with --fsdp_version 2")
     settings = [
         InitProcessGroupKwargs(timeout=PATIENCE),
         # Pretrained towers have layers behind the one that is looked at.

@@ -49,7 +49,7 @@ from training.data.collect import collect_corrections
 from training.envs.registry import at_once
 from training.lora import Adapters, refuse_new
 from training.memory import recomputed, refuse_recomputing, transformer_blocks
-from training.ranks import ALONE, Ranks
+from training.ranks import ALONE, Ranks, like, local, whole
 from training.rollout import Actor
 
 
@@ -191,9 +191,11 @@ class Trainer:
             model.vision_backbone.requires_grad_(False)
         if config.gradient_checkpointing:
             refuse_recomputing(model)
-        self._adapters = (
-            Adapters(model, config.lora, compute_dtype(device)) if config.lora else None
-        )
+        if config.corrections and ranks.sharded:
+            raise UserError("sft: 'corrections' take a whole policy; launch without FSDP")
+        # What is sharded together must have one type.
+        kept = torch.float32 if ranks.sharded else compute_dtype(device)
+        self._adapters = Adapters(model, config.lora, kept) if config.lora else None
         self._model, self._batches, self._config, self._device = model, batches, config, device
         self._work, self._collect, self._ranks = work, correct, ranks
         self._batch_size = ranks.share_of(config.batch_size, "sft: 'batch_size'")
@@ -205,7 +207,9 @@ class Trainer:
                     )
         self._head: nn.Module = self._new_head()
         learnt = Learnt(model, self._head, self._losses)
-        on_gpu = device.type == "cuda"
+        blocks = [block for part in transformer_blocks(model).values() for block in part]
+        self._learnt = ranks.wrap(learnt, blocks)
+        on_gpu = device.type == "cuda" and not ranks.sharded
         # Tensors, so that a captured step sees what they are by then.
         learning_rate = torch.tensor(config.learning_rate, device=device)
         self._follow = torch.ones((), device=device)
@@ -217,7 +221,6 @@ class Trainer:
             fused=on_gpu,
             capturable=on_gpu,
         )
-        self._learnt = ranks.wrap(learnt, self._optimizer)
         self._learning = {n: p for n, p in learnt.named_parameters() if p.requires_grad}
         captures = on_gpu and self.CAPTURES and not ranks.many
         self._captured = CapturedStep(self._step_on_batch) if captures else None
@@ -274,7 +277,7 @@ class Trainer:
             again = []
             if self._config.gradient_checkpointing:
                 again = [b for part in transformer_blocks(self._model).values() for b in part]
-            on_gpu = self._device.type == "cuda"
+            on_gpu = self._device.type == "cuda" and not self._ranks.sharded
             # Layer by layer: the same few kernels serve all, and compiling takes seconds.
             for block in self._blocks() if on_gpu else ():
                 if not any(block is other for other in again):
@@ -282,6 +285,8 @@ class Trainer:
             until_done.enter_context(recomputed(again, compiled=on_gpu))
             self._train()
         self._put(self._average)
+        if self._ranks.sharded:
+            self._ranks.unshard(self._model)
         if self._adapters:
             self._adapters.fold()
         self._model.eval().requires_grad_(True)
@@ -340,8 +345,9 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            averages = list(self._average.values())
-            ahead = torch._foreach_sub(list(self._current.values()), averages)
+            averages = [local(value) for value in self._average.values()]
+            current = [local(value) for value in self._current.values()]
+            ahead = torch._foreach_sub(current, averages)
             torch._foreach_mul_(ahead, self._follow)
             torch._foreach_add_(averages, ahead)
         return seen
@@ -368,6 +374,7 @@ class Trainer:
         tensors: dict[str, Tensor] = {f"learnt.{k}": v for k, v in self._learning.items()}
         tensors |= {f"average.{k}": v for k, v in self._average.items()}
         tensors |= optimizer_tensors(self._optimizer)
+        tensors = {name: whole(value) for name, value in tensors.items()}
         own = {"sums": self._sums, **rng_tensors(self._device)}
         tensors |= self._ranks.everyones(own)
         facts = {"step": self._step + 1, "metrics": self._metrics, "ranks": self._ranks.count}
@@ -383,9 +390,14 @@ class Trainer:
         ranks.require(facts.get("ranks", 1), place)
         with torch.no_grad():
             for name, parameter in self._learning.items():
-                parameter.copy_(tensors[f"learnt.{name}"])
+                parameter.copy_(like(tensors[f"learnt.{name}"], parameter))
         for name, value in self._average.items():
-            value.copy_(tensors[f"average.{name}"])
+            value.copy_(like(tensors[f"average.{name}"], value))
+        for i, parameter in enumerate(self._learning.values()):
+            for name in ("exp_avg", "exp_avg_sq"):
+                key = f"optimizer.{i}.{name}"
+                if key in tensors:
+                    tensors[key] = like(tensors[key], parameter)
         restore_optimizer(self._optimizer, tensors)
         own = ranks.mine(tensors, ["sums", *rng_tensors(self._device)])
         restore_rng(own, self._device)

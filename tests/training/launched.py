@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 -m tests.training.launched DIRECTORY
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rlrc_ros.paths import config_file
 from tests.training.conftest import batches_of, small_demonstrations, small_trainable
 from training.config import CorrectionsConfig, LoraConfig, SftConfig
 from training.data.demonstrations import Episode, encode_png, write_shard
-from training.ranks import join
+from training.ranks import Ranks, join
 from training.sft import Trainer
 
 CPU = torch.device("cpu")
@@ -31,6 +32,7 @@ SFT = SftConfig(
     micro_batch=4,
     corrections=(CorrectionsConfig(at_step=2, episodes=1, first_seed=0),),
 )
+SHARDED = dataclasses.replace(SFT, corrections=(), gradient_checkpointing=True)
 LORA = dataclasses.replace(SFT, lora=LoraConfig(rank=4, targets=("decoder", "vision")))
 
 
@@ -75,14 +77,22 @@ def train(config, work, ranks, kind=Trainer, batches=batches_of):
     return policy.model.state_dict()
 
 
+def resumed(config, work, ranks):
+    """Killed on the way, and gone on with by processes that had drawn something else."""
+    try:
+        train(config, work, ranks, Mortal)
+    except Killed:
+        torch.manual_seed(77 + ranks.number)
+        return train(config, work, ranks)
+
+
 def main(out):
     ranks = join("cpu")
     found = {"whole": train(SFT, out / "whole", ranks), "lora": train(LORA, out / "lora", ranks)}
-    try:
-        train(LORA, out / "broken", ranks, Mortal)
-    except Killed:
-        torch.manual_seed(77 + ranks.number)
-        found["resumed"] = train(LORA, out / "broken", ranks)
+    found["resumed"] = resumed(LORA, out / "resumed", ranks)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` sets it
+    found["sharded"] = resumed(SHARDED, out / "sharded", Ranks(ranks._accelerator))
+    del os.environ["ACCELERATE_USE_FSDP"]
     for name, weights in found.items():
         save_file(weights, out / f"{name}-{ranks.number}.safetensors")
     sft_by_command(out / "cli", ranks)

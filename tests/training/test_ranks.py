@@ -15,7 +15,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.vla.bundle import open_bundle
 from rlrc_ros.vla.openvla import Inputs
 from tests.training.conftest import small_trainable
-from tests.training.launched import LORA, SFT, train
+from tests.training.launched import LORA, SFT, SHARDED, train
 from training.data.batches import Batch, DemonstrationBatches
 from training.ranks import ALONE, SPACING, Ranks, refuse_launch
 
@@ -84,7 +84,7 @@ def distance(found, expected, start):
     return (apart / moved) ** 0.5
 
 
-@pytest.mark.parametrize(("name", "config"), [("whole", SFT), ("lora", LORA)])
+@pytest.mark.parametrize(("name", "config"), [("whole", SFT), ("lora", LORA), ("sharded", SHARDED)])
 def test_two_processes_train_as_one_with_the_samples_of_both(launched, tmp_path, name, config):
     first, second = both(launched, name)
     assert all(torch.equal(second[n], value) for n, value in first.items())
@@ -117,6 +117,13 @@ def test_the_command_line_makes_one_bundle_of_both(launched):
     assert made["processes"] == 2 and made["micro_batch"] == 2
     assert (launched / "cli" / "bundle-work" / "log.csv").exists()
     assert not (launched / "cli" / "bundle-work" / "checkpoint").exists()
+
+
+def test_corrections_take_a_whole_policy(tmp_path):
+    parts = Ranks()
+    parts.sharded = True
+    with pytest.raises(UserError, match="'corrections' take a whole policy; launch without FSDP"):
+        train(SFT, tmp_path, parts)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
