@@ -323,6 +323,7 @@ class RlConfig:
     """
     updates: int
     environments: int
+    """Of all processes together, where several train; so are `minibatch` and `bc_batch`."""
     steps_per_update: int
     """Per environment."""
     minibatch: int
@@ -332,6 +333,9 @@ class RlConfig:
     critic_warmup: int = 4
     """Updates in which the value head alone learns."""
     bc_coefficient: float = 0.1
+    bc_final: float | None = None
+    """What the coefficient comes to with the last update, in a straight line from the first after
+    the warm-up (default: it stays)."""
     bc_batch: int = 512
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -342,11 +346,21 @@ class RlConfig:
     temperature: float = 1.0
     first_seed: int = 5_000_000
     """Scenes of the rollouts, counted up from here."""
+    micro_batch: int | None = None
+    """Samples in a device's memory at a time (default: its whole share of a minibatch)."""
+    bfloat16: bool | None = None
+    """Learn with matrices in bfloat16 (default: float32). The log-probabilities that the ratio
+    starts from are then taken once more before an update, for those of the rollout are float32."""
+    lora: LoraConfig | None = None
+    """Train adapters and the value head alone (default: every weight)."""
 
     def __post_init__(self) -> None:
+        optional = "" if self.bc_final is None else "bc_final"
+        if self.micro_batch is not None:
+            _check("rl", self, positive="micro_batch")
         counts = "updates environments steps_per_update minibatch epochs bc_batch"
         rates = "learning_rate value_learning_rate max_grad_norm temperature"
-        natural = "critic_warmup bc_coefficient first_seed"
+        natural = f"critic_warmup bc_coefficient first_seed {optional}"
         _check("rl", self, positive=f"{counts} {rates}", natural=natural)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("rl: 'seeds' must name at least one, and each once")

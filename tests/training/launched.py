@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 
 from rlrc_ros.cli.main import main as cli
 from rlrc_ros.paths import config_file
+from tests.training import recovery
 from tests.training.conftest import batches_of, small_demonstrations, small_trainable
+from training import rl as ppo
 from training.config import CorrectionsConfig, LoraConfig, SftConfig
 from training.data.demonstrations import Episode, encode_png, write_shard
 from training.ranks import Ranks, join
+from training.rl import RecoveryPPO
 from training.sft import Trainer
 
 CPU = torch.device("cpu")
@@ -86,10 +89,63 @@ def resumed(config, work, ranks):
         return train(config, work, ranks)
 
 
+def update(work, ranks):
+    """One update of PPO with this process's part of a rollout and of demonstrations."""
+    config = dataclasses.replace(
+        recovery.CONFIG,
+        environments=ranks.count,
+        steps_per_update=recovery.STEPS // ranks.count,
+        bc_coefficient=0.5,
+        max_grad_norm=0.1,
+    )
+    algorithm = recovery.recovery(config, work, ranks)
+    torch.manual_seed(9)
+    shown = algorithm.demonstrations.sample(12)
+    algorithm.demonstrations.sample = lambda _: shown[ranks.number :: ranks.count]
+    algorithm.train()
+    return {name: p.detach() for name, p in algorithm._learning.items()}
+
+
+def rl(work, ranks, die_at=None):
+    """PPO in the simulator, one environment for each process; dies in an update, or ends."""
+    config = dataclasses.replace(
+        recovery.CONFIG,
+        environments=2,
+        updates=2,
+        steps_per_update=6,
+        minibatch=6,
+        bc_coefficient=0.5,
+    )
+    policy = recovery.tabletop_policy()
+    data = batches_of(recovery.tabletop_demonstrations(), policy)
+    seen, train_once = [], RecoveryPPO.train
+
+    def train(self):
+        if self.update_number == die_at:
+            raise Killed
+        seen.append(self.rollout_buffer.actions.copy())
+        train_once(self)
+
+    RecoveryPPO.train = train
+    try:
+        ppo.run(
+            config, policy, data, seed=0, device=CPU, work=work, latency=(0.0, 0.0), ranks=ranks
+        )
+    except Killed:
+        return None
+    finally:
+        RecoveryPPO.train = train_once
+    return {**policy.model.state_dict(), "actions": torch.from_numpy(seen[0]).contiguous()}
+
+
 def main(out):
     ranks = join("cpu")
     found = {"whole": train(SFT, out / "whole", ranks), "lora": train(LORA, out / "lora", ranks)}
     found["resumed"] = resumed(LORA, out / "resumed", ranks)
+    found["update"] = update(out / "update", ranks)
+    found["rl"] = rl(out / "rl", ranks)
+    rl(out / "rl-resumed", ranks, die_at=1)
+    found["rl-resumed"] = rl(out / "rl-resumed", ranks)
     os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` sets it
     found["sharded"] = resumed(SHARDED, out / "sharded", Ranks(ranks._accelerator))
     del os.environ["ACCELERATE_USE_FSDP"]

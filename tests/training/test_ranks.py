@@ -1,5 +1,6 @@
 """Two real processes over gloo, compared with one that does the work of both."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -15,7 +16,8 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.vla.bundle import open_bundle
 from rlrc_ros.vla.openvla import Inputs
 from tests.training.conftest import small_trainable
-from tests.training.launched import LORA, SFT, SHARDED, train
+from tests.training.launched import LORA, SFT, SHARDED, train, update
+from tests.training.recovery import tabletop_policy
 from training.data.batches import Batch, DemonstrationBatches
 from training.ranks import ALONE, SPACING, Ranks, refuse_launch
 
@@ -99,6 +101,26 @@ def test_two_processes_train_as_one_with_the_samples_of_both(launched, tmp_path,
 def test_killed_processes_go_on_as_if_they_had_not_been(launched):
     (resumed, _), (whole, _) = both(launched, "resumed"), both(launched, "lora")
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_an_update_of_ppo_is_that_of_one_process_with_both_rollouts(launched, tmp_path):
+    first, second = both(launched, "update")
+    assert all(torch.equal(second[n], value) for n, value in first.items())
+    expected = update(tmp_path, ALONE)
+    start = {f"model.{n}": p.detach() for n, p in tabletop_policy().model.named_parameters()}
+    actor = {name: expected[name] for name in start if name in expected}
+    assert distance(first, actor, start) < 1e-3
+
+
+def test_processes_roll_out_on_their_own_and_learn_together(launched):
+    first, second = both(launched, "rl")
+    assert not torch.equal(first.pop("actions"), second.pop("actions"))
+    assert all(torch.equal(second[n], value) for n, value in first.items())
+    resumed, _ = both(launched, "rl-resumed")
+    assert all(torch.equal(resumed[name], value) for name, value in first.items())
+    with (launched / "rl" / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["environment_steps"]) for row in rows] == [12, 24]
 
 
 def test_the_first_process_alone_writes(launched):
