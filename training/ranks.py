@@ -82,6 +82,8 @@ class Ranks:
         if not self.many:
             return module
         if not self.sharded:
+            # Blocks are compiled one by one, between which DDP sends gradients as it is.
+            torch._dynamo.config.optimize_ddp = False
             return self._accelerator.prepare(module)
         # Not through `prepare`, which shards on GPUs only, and wants to be told the blocks by name.
         mesh = init_device_mesh(self._accelerator.device.type, (self.count,))

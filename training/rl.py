@@ -413,6 +413,8 @@ class RecoveryPPO(PPO):
         if saved:
             tensors, facts = saved
             ranks.require(facts.get("ranks", 1), place)
+            if "rng.gauss" not in tensors:
+                raise UserError(f"{place}: is of an earlier version; delete it to begin anew")
             for name, parameter in self._learning.items():
                 parameter.copy_(tensors[f"policy.{name}"])
             restore_optimizer(self.policy.optimizer, tensors)

@@ -12,6 +12,7 @@ from tests.training import recovery
 from tests.training.conftest import batches_of
 from tests.training.recovery import tabletop_demonstrations, tabletop_policy
 from training import rl
+from training.common import MetricsLog
 from training.config import LoraConfig, RlConfig
 from training.rl import RecoveryPPO, TokenPolicy, bc_coefficient
 from training.rollout import Batcher, Decoder
@@ -275,6 +276,12 @@ def test_adapters_recover_a_policy_and_survive_a_kill(policy, data, tmp_path, mo
     assert all(torch.equal(v, weights(resumed)[name]) for name, v in weights(whole).items())
     with pytest.raises(UserError, match="rl: 'lora' adapts a trained policy"):
         run(config, policy(), data, tmp_path / "new")
+
+
+def test_a_log_of_an_earlier_version_keeps_its_columns(tmp_path):
+    (tmp_path / "log.csv").write_text("step,kl\n0,0.5\n1,0.25\n")
+    MetricsLog(tmp_path / "log.csv", resume_at=1).write(step=1, kl=0.125, simulator_s=3.0)
+    assert (tmp_path / "log.csv").read_text().splitlines() == ["step,kl", "0,0.5", "1,0.125"]
 
 
 def test_bc_follows_its_schedule():
