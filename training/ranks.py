@@ -21,9 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlrc_ros.errors import UserError
 from training.common import seed_everything
@@ -85,6 +82,9 @@ class Ranks:
             # Blocks are compiled one by one, between which DDP sends gradients as it is.
             torch._dynamo.config.optimize_ddp = False
             return self._accelerator.prepare(module)
+        from torch.distributed.device_mesh import init_device_mesh  # these take half a second
+        from torch.distributed.fsdp import fully_shard
+
         # Not through `prepare`, which shards on GPUs only, and wants to be told the blocks by name.
         mesh = init_device_mesh(self._accelerator.device.type, (self.count,))
         for block in blocks:
@@ -102,7 +102,7 @@ class Ranks:
         """Give a module that was sharded all of its weights back, on every process."""
         for part in module.modules():
             for name, parameter in list(part.named_parameters(recurse=False)):
-                if isinstance(parameter, DTensor):
+                if in_parts(parameter):
                     part.register_parameter(name, nn.Parameter(whole(parameter.detach())))
 
     def reseed(self) -> None:
@@ -203,22 +203,28 @@ class Ranks:
         return there.to(tensor.device)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which with FSDP2 every process has a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def in_parts(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which with FSDP2 every process has a part."""
+    return hasattr(tensor, "full_tensor")
 
 
-def local(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor, on every process."""
+    return tensor.full_tensor() if in_parts(tensor) else tensor
+
+
+def local(tensor: Any) -> Tensor:
     """This process's part of it, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if in_parts(tensor) else tensor
 
 
-def like(full: Tensor, tensor: Tensor) -> Tensor:
+def like(full: Tensor, tensor: Any) -> Tensor:
     """A whole tensor in parts as another one has them, if it has."""
-    if isinstance(tensor, DTensor) and full.shape == tensor.shape:
-        moved = full.to(tensor.device)
-        return distribute_tensor(moved, tensor.device_mesh, tensor.placements)
-    return full
+    if not in_parts(tensor):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements)
 
 
 ALONE = Ranks()

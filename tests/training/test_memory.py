@@ -59,7 +59,7 @@ def test_neither_micro_batches_nor_recomputing_change_the_gradients(
     policy.model.zero_grad()
     torch.manual_seed(1)
     trainer = Trainer(
-        policy.model, data, dataclasses.replace(config, micro_batch=4), CPU, tmp_path / "parts"
+        policy.model, data, dataclasses.replace(config, micro_batch=5), CPU, tmp_path / "parts"
     )
     blocks = [b for part in transformer_blocks(policy.model).values() for b in part]
     with recomputed(blocks, compiled=False):
@@ -109,7 +109,6 @@ def test_what_cannot_be_recomputed_is_refused(demonstrations, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_batch": 5}, "'batch_size' 12 is no multiple of 'micro_batch' 5"),
         ({"micro_batch": 0}, "'micro_batch' is 0, and must be above 0"),
         ({"augmentation": "openvla", "shift": 4}, "leave 'shift' out"),
     ],
