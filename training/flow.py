@@ -180,6 +180,10 @@ def run(
     for name in (*refused, "augmentation"):
         if getattr(config, name):
             raise UserError(f"sft: '{name}' is not there for a pi0 policy; leave it out")
+    if ranks.sharded:
+        raise UserError(
+            "sft: the weights of a pi0 policy cannot be shared out; launch without FSDP"
+        )
     if config.lora:
         refuse_new(trainable, "sft")
     seed_everything(seed)

@@ -18,6 +18,8 @@ from rlrc_ros.vla.openvla import Inputs
 from tests.training.conftest import small_trainable
 from tests.training.launched import LORA, SFT, SHARDED, train, update
 from tests.training.recovery import tabletop_policy
+from tests.training.test_flow import trainable as pi0
+from training import flow
 from training.data.batches import Batch, DemonstrationBatches
 from training.ranks import ALONE, SPACING, Ranks, refuse_launch
 
@@ -146,6 +148,14 @@ def test_corrections_take_a_whole_policy(tmp_path):
     parts.sharded = True
     with pytest.raises(UserError, match="'corrections' take a whole policy; launch without FSDP"):
         train(SFT, tmp_path, parts)
+
+
+def test_the_weights_of_a_pi0_are_not_shared_out(tmp_path):
+    parts = Ranks()
+    parts.sharded = True
+    where = {"seed": 0, "device": torch.device("cpu"), "work": tmp_path, "ranks": parts}
+    with pytest.raises(UserError, match="pi0 policy cannot be shared out; launch without FSDP"):
+        flow.run(dataclasses.replace(SHARDED, grounding=0.0), pi0(), None, **where)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():

@@ -79,7 +79,7 @@ def work(task, small, per_process):
         place = Path(name)
         common = {"seed": 0, "device": device, "work": place, "latency": (0.0, 0.08)}
         if task == "sft":
-            steps = 10 if small else 400
+            steps = 10 if small else 200
             config = SftConfig(steps=steps, batch_size=total, learning_rate=1e-4, warmup_steps=5)
             sft.run(config, policy, batches, **common, ranks=ranks)
         else:
