@@ -189,6 +189,5 @@ def run(
     seed_everything(seed)
     began = time.perf_counter()
     metrics = FlowTrainer(trainable.model, batches, config, device, work, ranks=ranks).run()
-    together = {"processes": ranks.count} if ranks.many else {}
-    facts = {"seed": seed, "seconds": time.perf_counter() - began, **together}
+    facts = {"seed": seed, "seconds": time.perf_counter() - began, **ranks.facts}
     return {**facts, **stated(config), **metrics}

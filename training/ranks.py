@@ -56,6 +56,12 @@ class Ranks:
         """Whether there are others."""
         return self.count > 1
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a bundle's provenance says of them: nothing of one that was alone."""
+        sharded = {"sharded": True} if self.sharded else {}
+        return {"processes": self.count, **sharded} if self.many else {}
+
     def share_of(self, total: int, what: str) -> int:
         """This process's part of a number.
 

@@ -520,6 +520,5 @@ def run(
     if adapters:
         adapters.fold()
     model.eval().requires_grad_(True)
-    together = {"processes": ranks.count} if ranks.many else {}
-    facts = {"seed": seed, "seconds": time.perf_counter() - began}
-    return {**facts, **together, **stated(config)}
+    facts = {"seed": seed, "seconds": time.perf_counter() - began, **ranks.facts}
+    return {**facts, **stated(config)}

@@ -452,6 +452,5 @@ def run(
 
     began = time.perf_counter()
     metrics = Trainer(trainable.model, batches, config, device, work, correct, teacher, ranks).run()
-    together = {"processes": ranks.count} if ranks.many else {}
-    facts = {"seed": seed, "seconds": time.perf_counter() - began, **together}
+    facts = {"seed": seed, "seconds": time.perf_counter() - began, **ranks.facts}
     return {**facts, **stated(config), **metrics}
