@@ -149,7 +149,8 @@ class MetricsLog:
         new = not self._fields
         self._fields = self._fields or list(values)
         with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._fields)
+            # A log that an earlier version began keeps its columns.
+            writer = csv.DictWriter(file, self._fields, extrasaction="ignore")
             if new:
                 writer.writeheader()
             writer.writerow(
@@ -231,6 +232,23 @@ def restore_optimizer(
             _, index, name = key.rsplit(".", 2)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def numpy_rng_tensors() -> dict[str, Tensor]:
+    """The state of NumPy's global generator."""
+    _, keys, *rest, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    words = np.concatenate([np.asarray(keys).astype(np.int64), np.asarray(rest, np.int64)])
+    return {
+        "rng.numpy": torch.from_numpy(words),
+        "rng.gauss": torch.tensor([gauss], dtype=torch.float64),
+    }
+
+
+def restore_numpy_rng(tensors: dict[str, Tensor]) -> None:
+    """Put back what `numpy_rng_tensors` took."""
+    *keys, place, has_gauss = tensors["rng.numpy"].tolist()
+    state = ("MT19937", np.asarray(keys, np.uint32), place, has_gauss)
+    np.random.set_state((*state, float(tensors["rng.gauss"])))  # noqa: NPY002
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:

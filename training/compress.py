@@ -28,10 +28,10 @@ from training import prune, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
 from training.common import claim, forget_checkpoints, pick_device, seed_everything
 from training.config import CompressConfig, SftConfig, stated
+from training.data.batches import DemonstrationBatches
 from training.data.collect import collect_demonstrations
 from training.data.demonstrations import read_proprioception
 from training.evaluate import EpisodeResult, Evaluation, evaluate, summarise
-from training.sft import DemonstrationBatches
 
 Say = Callable[[str], None]
 

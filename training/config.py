@@ -112,11 +112,31 @@ class CorrectionsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train small matrices beside a frozen policy's linear layers, see `training.lora`.
+
+    The defaults are OpenVLA's.
+    """
+
+    rank: int = 32
+    alpha: int = 16
+    """What the matrices give is scaled by alpha / rank."""
+    targets: tuple[Literal["decoder", "vision"], ...] = ("decoder",)
+    """Whose layers: the decoder's, with pi0 those of the action expert as well; the towers'."""
+
+    def __post_init__(self) -> None:
+        _check("lora", self, positive="rank alpha")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise UserError("lora: 'targets' must name at least one part, and each once")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Supervised fine-tuning on action tokens."""
 
     steps: int
     batch_size: int
+    """Of all processes together, where several train."""
     learning_rate: float
     warmup_steps: int
     weight_decay: float = 0.01
@@ -146,10 +166,21 @@ class SftConfig:
     freeze_vision: bool = False
     """Leave the vision towers as they are: a pruned policy's have seen more than a recovery
     shows."""
+    augmentation: Literal["openvla"] | None = None
+    """In place of `brightness` and `shift`, how OpenVLA changes images: a crop of 90% of the area,
+    brightness, contrast, saturation and hue. The policy then looks at the centre of its images."""
+    micro_batch: int | None = None
+    """Samples in a device's memory at a time (default: its whole share of the batch); gradients add
+    up to the batch's."""
+    gradient_checkpointing: bool | None = None
+    """Compute what is inside a block anew in the backward pass: less memory, a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters alone (default: every weight)."""
     corrections: tuple[CorrectionsConfig, ...] = ()
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
+        self._check_combination()
         positive = "steps batch_size learning_rate max_grad_norm checkpoint_every"
         natural = "warmup_steps weight_decay average label_width grounding brightness shift"
         _check("sft", self, positive=positive, natural=f"{natural} distillation")
@@ -161,6 +192,18 @@ class SftConfig:
                     f"sft: corrections are due at step {corrections.at_step}, and there are "
                     f"{self.steps} steps"
                 )
+
+    def _check_combination(self) -> None:
+        """Refuse what cannot be had together, or would have no effect."""
+        if self.micro_batch is not None:
+            _check("sft", self, positive="micro_batch")
+        if self.lora is not None and self.freeze_vision:
+            raise UserError(
+                "sft: with 'lora' all weights are frozen; leave 'freeze_vision' out, and 'vision' "
+                "out of its 'targets'"
+            )
+        if self.augmentation and self.shift:
+            raise UserError("sft: 'augmentation' moves images by itself; leave 'shift' out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +323,7 @@ class RlConfig:
     """
     updates: int
     environments: int
+    """Of all processes together, where several train; so are `minibatch` and `bc_batch`."""
     steps_per_update: int
     """Per environment."""
     minibatch: int
@@ -289,6 +333,9 @@ class RlConfig:
     critic_warmup: int = 4
     """Updates in which the value head alone learns."""
     bc_coefficient: float = 0.1
+    bc_final: float | None = None
+    """What the coefficient comes to with the last update, in a straight line from the first after
+    the warm-up (default: it stays)."""
     bc_batch: int = 512
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -299,11 +346,21 @@ class RlConfig:
     temperature: float = 1.0
     first_seed: int = 5_000_000
     """Scenes of the rollouts, counted up from here."""
+    micro_batch: int | None = None
+    """Samples in a device's memory at a time (default: its whole share of a minibatch)."""
+    bfloat16: bool | None = None
+    """Learn with matrices in bfloat16 (default: float32). The log-probabilities that the ratio
+    starts from are then taken once more before an update, for those of the rollout are float32."""
+    lora: LoraConfig | None = None
+    """Train adapters and the value head alone (default: every weight)."""
 
     def __post_init__(self) -> None:
+        optional = "" if self.bc_final is None else "bc_final"
+        if self.micro_batch is not None:
+            _check("rl", self, positive="micro_batch")
         counts = "updates environments steps_per_update minibatch epochs bc_batch"
         rates = "learning_rate value_learning_rate max_grad_norm temperature"
-        natural = "critic_warmup bc_coefficient first_seed"
+        natural = f"critic_warmup bc_coefficient first_seed {optional}"
         _check("rl", self, positive=f"{counts} {rates}", natural=natural)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("rl: 'seeds' must name at least one, and each once")
@@ -341,6 +398,11 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LAST_SEED:
             raise UserError(f"'seed' is {self.seed}, and must be from 0 to {LAST_SEED}")
+        if self.sft.lora is not None:
+            raise UserError(
+                "sft: 'lora' adapts a trained policy, and this stage makes one; 'recovery' can "
+                "have it"
+            )
         if self.environment != "tabletop":
             self._check_libero()
 

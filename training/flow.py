@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ from rlrc_ros.vla.pi0 import Pi0
 from rlrc_ros.vla.processor import Processor
 from training.bundles import Trainable
 from training.common import seed_everything
-from training.config import SftConfig
+from training.config import SftConfig, stated
+from training.data.batches import DemonstrationBatches
 from training.data.demonstrations import Demonstrations
-from training.sft import DemonstrationBatches, Trainer
+from training.lora import refuse_new
+from training.ranks import ALONE, Ranks
+from training.sft import Trainer
 
 TIME_ALPHA, TIME_BETA = 1.5, 1.0
 """Of the Beta distribution that times come from: more of them near the noise."""
@@ -45,11 +48,30 @@ class FlowBatch:
         inputs: what the policy sees.
         actions: (B, chunk, action_width), scaled to the model's range, zeros where it is padding.
         known: (B, chunk) bool, False after the episode's end.
+        noise, time: of the flow, as `actions` and (B,); None where they have yet to be drawn.
     """
 
     inputs: Inputs
     actions: Tensor
     known: Tensor
+    noise: Tensor | None = None
+    time: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> FlowBatch:
+        noise, time = (None if x is None else x[rows] for x in (self.noise, self.time))
+        return FlowBatch(self.inputs[rows], self.actions[rows], self.known[rows], noise, time)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def disturbed(self) -> FlowBatch:
+        """The same with noise and times drawn."""
+        beta = torch.distributions.Beta(
+            torch.tensor(TIME_ALPHA, device=self.actions.device),
+            torch.tensor(TIME_BETA, device=self.actions.device),
+        )
+        time = beta.sample((len(self),)) * TIME_SCALE + TIME_OFFSET
+        return replace(self, noise=torch.randn_like(self.actions), time=time)
 
 
 class FlowBatches(DemonstrationBatches):
@@ -64,7 +86,7 @@ class FlowBatches(DemonstrationBatches):
         self._expert = expert
 
     def _arrays(self, data: Demonstrations) -> dict[str, NDArray[Any]]:
-        size = self._processor.config.architecture.towers[0].image_size
+        size = self.processor.config.architecture.towers[0].image_size
         height, width = data.images.shape[-3:-1]
         if (height, width) != (size, size):
             raise UserError(
@@ -98,14 +120,14 @@ class FlowBatches(DemonstrationBatches):
 
 
 def flow_loss(model: Pi0, batch: FlowBatch) -> Tensor:
-    """Mean squared error of the flow, over actions that are known; noise and times drawn anew."""
-    actions = batch.actions
-    beta = torch.distributions.Beta(
-        torch.tensor(TIME_ALPHA, device=actions.device),
-        torch.tensor(TIME_BETA, device=actions.device),
-    )
-    time = beta.sample((len(actions),)) * TIME_SCALE + TIME_OFFSET
-    noise = torch.randn_like(actions)
+    """Mean squared error of the flow, over actions that are known.
+
+    Noise and times are the batch's, or drawn.
+    """
+    if batch.noise is None:
+        batch = batch.disturbed()
+    actions, noise, time = batch.actions, batch.noise, batch.time
+    assert noise is not None and time is not None
     when = time[:, None, None]
     noisy = when * noise + (1 - when) * actions
     flow = model.velocity(model.prefix(batch.inputs), batch.inputs.proprioception, noisy, time)
@@ -125,9 +147,16 @@ class FlowTrainer(Trainer):
     def _blocks(self) -> Iterable[nn.Module]:
         return ()  # layers hand each other a cache that grows, which compiling does not like
 
-    def _losses(self) -> tuple[Tensor, ...]:
+    def _draw(self) -> Any:
         config = self._config
-        batch: Any = self._batches.sample(config.batch_size, config.brightness, config.shift)
+        batch: Any = self._batches.sample(self._batch_size, config.brightness, config.shift)
+        return batch.disturbed()
+
+    def _weights(self, parts: list[Any]) -> list[Any]:
+        known = torch.stack([part.known.sum() for part in parts]).float()
+        return list(known / self._ranks.mean(known.sum()))
+
+    def _losses(self, batch: Any) -> tuple[Tensor, ...]:
         with self._autocast():
             return (flow_loss(self._model, batch),)
 
@@ -140,16 +169,25 @@ def run(
     seed: int,
     device: torch.device,
     work: Path,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train on demonstrations; returns the stage's facts.
 
     Raises:
         UserError: the configuration asks for what is there for action tokens only.
     """
-    for name in ("corrections", "grounding", "label_width", "distillation", "freeze_vision"):
+    refused = ("corrections", "grounding", "label_width", "distillation", "freeze_vision")
+    for name in (*refused, "augmentation"):
         if getattr(config, name):
             raise UserError(f"sft: '{name}' is not there for a pi0 policy; leave it out")
+    if ranks.sharded:
+        raise UserError(
+            "sft: the weights of a pi0 policy cannot be shared out; launch without FSDP"
+        )
+    if config.lora:
+        refuse_new(trainable, "sft")
     seed_everything(seed)
     began = time.perf_counter()
-    metrics = FlowTrainer(trainable.model, batches, config, device, work).run()
-    return {"seed": seed, "seconds": time.perf_counter() - began, **asdict(config), **metrics}
+    metrics = FlowTrainer(trainable.model, batches, config, device, work, ranks=ranks).run()
+    facts = {"seed": seed, "seconds": time.perf_counter() - began, **ranks.facts}
+    return {**facts, **stated(config), **metrics}

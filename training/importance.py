@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from rlrc_ros.vla.openvla import OpenVLA
 from training.config import PruneConfig
-from training.sft import Batch, DemonstrationBatches, bc_loss
+from training.data.batches import Batch, DemonstrationBatches
+from training.sft import bc_loss
 
 BATCH = 64
 """Steps at a time in calibration, unless the configuration says otherwise."""

@@ -26,6 +26,7 @@ from rlrc_ros.vla.openvla import OpenVLA, layer_widths
 from training.bundles import Trainable
 from training.common import seed_everything
 from training.config import PruneConfig, stated
+from training.data.batches import DemonstrationBatches
 from training.importance import GroupScores, measuring, score_groups, score_layers
 from training.planning import (
     Plan,
@@ -35,7 +36,6 @@ from training.planning import (
     storage_cost,
     uniform_plan,
 )
-from training.sft import DemonstrationBatches
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ regularization: the SFT loss on demonstrations joins PPO's in every optimiser st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,37 +39,52 @@ from training.bundles import Trainable
 from training.common import (
     MetricsLog,
     load_checkpoint,
+    numpy_rng_tensors,
     optimizer_tensors,
+    restore_numpy_rng,
     restore_optimizer,
     restore_rng,
     rng_tensors,
     save_checkpoint,
 )
-from training.config import RlConfig
+from training.config import RlConfig, stated
+from training.data.batches import DemonstrationBatches
 from training.envs.vector import make_vector
+from training.lora import Adapters, refuse_new
+from training.ranks import ALONE, Ranks
 from training.rollout import Batcher, Decoder
-from training.sft import DemonstrationBatches, bc_loss
+from training.sft import bc_loss
 
 
 class TokenActions(VecEnvWrapper):
-    """Takes action tokens, hands continuous actions on."""
+    """Takes action tokens, hands continuous actions on.
+
+    Attributes:
+        seconds: that environments have taken so far.
+    """
 
     def __init__(self, venv: VecEnv, codec: ActionCodec) -> None:
         bins = gym.spaces.MultiDiscrete([codec.config.n_bins] * codec.config.dimensions)
         super().__init__(venv, action_space=bins)
-        self._codec = codec
+        self._codec, self.seconds = codec, 0.0
 
     def reset(self) -> Any:
         """Start every environment's next episode."""
-        return self.venv.reset()
+        self._began = time.perf_counter()
+        return self._timed(self.venv.reset())
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
         """Decode the tokens and step."""
+        self._began = time.perf_counter()
         self.venv.step_async(self._codec.decode(actions))
 
     def step_wait(self) -> Any:
         """What the environments answered."""
-        return self.venv.step_wait()
+        return self._timed(self.venv.step_wait())
+
+    def _timed(self, answer: Any) -> Any:
+        self.seconds += time.perf_counter() - self._began
+        return answer
 
 
 class ValueHead(nn.Module):
@@ -85,8 +100,9 @@ class ValueHead(nn.Module):
         )
 
     def forward(self, state: Tensor) -> Tensor:
-        """The value of each state."""
-        return self.layers(state.float())[:, 0]
+        """The value of each state, in float32 whatever the policy is in."""
+        with torch.autocast(state.device.type, enabled=False):
+            return self.layers(state.float())[:, 0]
 
 
 class TokenPolicy(ActorCriticPolicy):
@@ -133,7 +149,10 @@ class TokenPolicy(ActorCriticPolicy):
         self.value_head = ValueHead(self.model.config.decoder.hidden_size)
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(self.model.parameters()), "lr": lr_schedule(1)},
+                {
+                    "params": [p for p in self.model.parameters() if p.requires_grad],
+                    "lr": lr_schedule(1),
+                },
                 {"params": list(self.value_head.parameters()), "lr": self._value_learning_rate},
             ],
             weight_decay=0.0,
@@ -175,20 +194,24 @@ class RecoveryPPO(PPO):
     def __init__(
         self,
         policy: type[TokenPolicy],
-        env: VecEnv,
+        env: TokenActions,
         config: RlConfig,
         demonstrations: DemonstrationBatches,
         work: Path,
+        adapters: Adapters | None = None,
+        ranks: Ranks = ALONE,
         **kwargs: Any,
     ) -> None:
         self.config, self.demonstrations, self.work = config, demonstrations, work
         self.update_number = 0
+        self._simulator, self._adapters, self._ranks = env, adapters, ranks
+        self._bc_batch = ranks.share_of(config.bc_batch, "rl: 'bc_batch'")
         super().__init__(
             policy,
             env,
             learning_rate=config.learning_rate,
             n_steps=config.steps_per_update,
-            batch_size=config.minibatch,
+            batch_size=ranks.share_of(config.minibatch, "rl: 'minibatch'"),
             n_epochs=config.epochs,
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
@@ -196,18 +219,22 @@ class RecoveryPPO(PPO):
             max_grad_norm=config.max_grad_norm,
             **kwargs,
         )
+        self._learning = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
+        ranks.reseed()
 
     def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> bool:
         """Roll out from fresh scenes, counting episodes and successes."""
-        self._began = time.perf_counter()
+        self._began, self._simulated = time.perf_counter(), self._simulator.seconds
         self._ended: list[tuple[bool, int]] = []
         self._lengths = np.zeros(env.num_envs, int)
         first = self.config.first_seed + 1_000_000 * (self.seed or 0)
         for i in range(env.num_envs):
-            start = first + (self.update_number * env.num_envs + i) * 100
+            place = self._ranks.number * env.num_envs + i
+            start = first + (self.update_number * self.config.environments + place) * 100
             env.env_method("set_seeds", range(start, start + 100), indices=i)
         assert isinstance(self.policy, TokenPolicy)
-        self.policy.decoder.refresh()
+        with self._adapters.folded() if self._adapters else nullcontext():
+            self.policy.decoder.refresh()
         self._last_obs = env.reset()  # type: ignore[assignment]
         self._last_episode_starts = np.ones(env.num_envs, bool)
         going = super().collect_rollouts(env, *args, **kwargs)
@@ -228,98 +255,187 @@ class RecoveryPPO(PPO):
         assert isinstance(policy, TokenPolicy)
         policy.set_training_mode(True)
         warming = self.update_number < config.critic_warmup
-        for parameter in policy.model.parameters():
+        actor = [p for n, p in self._learning.items() if n.startswith("model.")]
+        for parameter in actor:
             parameter.requires_grad_(not warming)
+        if config.bfloat16:
+            self._rate_anew()
         sums: dict[str, list[float]] = {}
         for _ in range(self.n_epochs):
             for batch in self.rollout_buffer.get(self.batch_size):
-                values, log_probability, entropy = policy.evaluate_actions(
-                    batch.observations, batch.actions
-                )
-                advantages = batch.advantages
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-                log_ratio = log_probability - batch.old_log_prob
-                ratio = log_ratio.exp()
-                clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-                policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-                value_loss = _value_loss(values, batch.old_values, batch.returns, config)
-                loss = value_loss if warming else policy_loss + value_loss
-                bc = torch.zeros(())
-                if config.bc_coefficient and not warming:
-                    bc = bc_loss(policy.model, self.demonstrations.sample(config.bc_batch))
-                    loss = loss + config.bc_coefficient * bc
                 policy.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                seen = self._add_gradients(batch, warming)
+                self._ranks.average_gradients(policy.parameters())
                 nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm)
                 policy.optimizer.step()
-                seen = {
-                    "policy_loss": policy_loss,
-                    "value_loss": value_loss,
-                    "bc_loss": bc,
-                    "entropy": entropy.mean(),
-                    # Schulman's estimator of the reverse KL divergence,
-                    # http://joschu.net/blog/kl-approx.html
-                    "kl": (ratio - 1 - log_ratio).mean(),
-                    "clip_share": ((ratio - 1).abs() > config.clip).float().mean(),
-                }
                 for name, value in seen.items():
                     sums.setdefault(name, []).append(value.item())
-        for parameter in policy.model.parameters():
+        for parameter in actor:
             parameter.requires_grad_(True)
         self._n_updates += self.n_epochs
-        self._record({name: float(np.mean(values)) for name, values in sums.items()}, warming)
+        means = torch.tensor([np.mean(values) for values in sums.values()])
+        shared = dict(zip(sums, self._ranks.mean(means).tolist(), strict=True))
+        self._record(shared, warming)
         self.update_number += 1
         self.save_state()
 
+    def _add_gradients(self, batch: Any, warming: bool) -> dict[str, Tensor]:
+        """Of PPO's losses and BC's, part by part; returns what there is to watch."""
+        config = self.config
+        advantages = self._normalised(batch.advantages)
+        seen: dict[str, Tensor] = {}
+        for rows, weight in self._parts(len(advantages)):
+            observations = {name: value[rows] for name, value in batch.observations.items()}
+            with self._autocast():
+                values, log_probability, entropy = self.policy.evaluate_actions(
+                    observations, batch.actions[rows]
+                )
+            assert entropy is not None
+            log_ratio = log_probability - batch.old_log_prob[rows]
+            ratio = log_ratio.exp()
+            clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+            gain = torch.min(advantages[rows] * ratio, advantages[rows] * clipped)
+            old = batch.old_values[rows]
+            losses = {
+                "policy_loss": -gain.mean(),
+                "value_loss": _value_loss(values, old, batch.returns[rows], config),
+                "bc_loss": torch.zeros((), device=self.device),
+                "entropy": entropy.mean(),
+                # Schulman's estimator of the reverse KL divergence,
+                # http://joschu.net/blog/kl-approx.html
+                "kl": (ratio - 1 - log_ratio).mean(),
+                "clip_share": ((ratio - 1).abs() > config.clip).float().mean(),
+            }
+            loss = losses["value_loss"] if warming else losses["policy_loss"] + losses["value_loss"]
+            (weight * loss).backward()
+            for name, value in losses.items():
+                seen[name] = seen.get(name, 0) + weight * value.detach()
+        coefficient = bc_coefficient(self.update_number, config)
+        if coefficient and not warming:
+            shown = self.demonstrations.sample(self._bc_batch)
+            for rows, weight in self._parts(len(shown)):
+                with self._autocast():
+                    loss = bc_loss(self.policy.model, shown[rows])  # type: ignore[arg-type]
+                (coefficient * weight * loss).backward()
+                seen["bc_loss"] += weight * loss.detach()
+        return seen
+
+    def _parts(self, size: int) -> Iterator[tuple[slice, float]]:
+        """A batch in parts that fit the memory, and what share of it each is."""
+        step = self.config.micro_batch or size
+        for start in range(0, size, step):
+            rows = slice(start, min(start + step, size))
+            yield rows, (rows.stop - rows.start) / size
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.bfloat16))
+
+    def _normalised(self, advantages: Tensor) -> Tensor:
+        """Mean 0 and standard deviation 1 over the minibatches of all processes."""
+        if not self._ranks.many:
+            return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        mean = self._ranks.mean(advantages.mean())
+        count = len(advantages) * self._ranks.count
+        squares = self._ranks.mean((advantages - mean).square().sum()) * self._ranks.count
+        return (advantages - mean) / ((squares / (count - 1)).sqrt() + 1e-8)
+
+    @torch.no_grad()
+    def _rate_anew(self) -> None:
+        """Take the log-probabilities of what was done as they will be taken in learning."""
+        buffer: Any = self.rollout_buffer
+        flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in buffer.observations.items()}
+        done = buffer.actions.reshape(-1, buffer.actions.shape[-1])
+        found = buffer.log_probs.reshape(-1)  # a view
+        for start in range(0, len(done), self.config.micro_batch or self.batch_size):
+            rows = slice(start, start + (self.config.micro_batch or self.batch_size))
+            seen = {name: buffer.to_torch(value[rows]) for name, value in flat.items()}
+            with self._autocast():
+                rated = self.policy.evaluate_actions(seen, buffer.to_torch(done[rows]))[1]
+            found[rows] = rated.float().cpu().numpy()
+
     def _record(self, losses: dict[str, float], warming: bool) -> None:
-        learned = time.perf_counter()
-        successes = [success for success, _ in self._ended]
-        buffer = self.rollout_buffer
+        learned, ranks, buffer = time.perf_counter(), self._ranks, self.rollout_buffer
+        counts = [len(self._ended), sum(s for s, _ in self._ended), sum(n for _, n in self._ended)]
+        rollout = self._rolled_out - self._began
+        simulator = self._simulator.seconds - self._simulated
+        times = [rollout, simulator, learned - self._rolled_out]
+        facts = ranks.mean(torch.tensor([*counts, *times]))
+        episodes, successes, steps = (facts[:3] * ranks.count).round().int().tolist()
+        rollout, simulator, learning = facts[3:].tolist()
+        values, returns = (
+            torch.cat(ranks.gather(torch.from_numpy(x.flatten()))).numpy()
+            for x in (buffer.values, buffer.returns)
+        )
+        collected = self.config.environments * self.config.steps_per_update
         row: dict[str, Any] = {
             "step": self.update_number,
-            "environment_steps": self.num_timesteps,
-            "episodes": len(self._ended),
-            "success": float(np.mean(successes)) if successes else 0.0,
-            "episode_steps": float(np.mean([steps for _, steps in self._ended]))
-            if successes
-            else 0.0,
+            "environment_steps": self.num_timesteps * ranks.count,
+            "episodes": episodes,
+            "success": successes / max(1, episodes),
+            "episode_steps": steps / max(1, episodes),
             "critic_warmup": int(warming),
             **losses,
-            "explained_variance": float(
-                explained_variance(buffer.values.flatten(), buffer.returns.flatten())
-            ),
-            "rollout_s": self._rolled_out - self._began,
-            "learning_s": learned - self._rolled_out,
+            "bc_coefficient": 0.0 if warming else bc_coefficient(self.update_number, self.config),
+            "explained_variance": float(explained_variance(values, returns)),
+            "rollout_s": rollout,
+            "learning_s": learning,
+            "simulator_s": simulator,
+            "inference_s": rollout - simulator,
+            "environment_steps_per_s": collected / (rollout + learning),
         }
-        self._log.write(**row)
-        for name, value in row.items():
-            self.logger.record(f"rl/{name}", value)
+        if ranks.first:
+            self._log.write(**row)
+            for name, value in row.items():
+                self._board.add_scalar(f"rl/{name}", value, self.update_number)
+            self._board.flush()
 
     def save_state(self) -> None:
         """Write everything the next update depends on."""
-        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-        tensors |= optimizer_tensors(self.policy.optimizer) | rng_tensors(self.device)
+        tensors: dict[str, Tensor] = {f"policy.{n}": p for n, p in self._learning.items()}
+        tensors |= optimizer_tensors(self.policy.optimizer)
         # The rollout buffer shuffles with NumPy's global generator.
-        _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-        tensors["rng.numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
-        facts = {"update": self.update_number, "timesteps": self.num_timesteps, "rng": rest}
-        save_checkpoint(self.work / "checkpoint", tensors, facts)
+        tensors |= self._ranks.everyones({**rng_tensors(self.device), **numpy_rng_tensors()})
+        facts = {
+            "update": self.update_number,
+            "timesteps": self.num_timesteps,
+            "ranks": self._ranks.count,
+        }
+        if self._ranks.first:
+            save_checkpoint(self.work / "checkpoint", tensors, facts)
 
+    @torch.no_grad()
     def restore_state(self) -> None:
         """Go on where an earlier run in the same directory was."""
-        saved = load_checkpoint(self.work / "checkpoint")
+        from torch.utils.tensorboard import SummaryWriter
+
+        place, ranks = self.work / "checkpoint", self._ranks
+        saved = ranks.from_first(load_checkpoint(place) if ranks.first else None)
         if saved:
             tensors, facts = saved
-            weights = {
-                k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")
-            }
-            self.policy.load_state_dict(weights)
+            ranks.require(facts.get("ranks", 1), place)
+            if "rng.gauss" not in tensors:
+                raise UserError(f"{place}: is of an earlier version; delete it to begin anew")
+            for name, parameter in self._learning.items():
+                parameter.copy_(tensors[f"policy.{name}"])
             restore_optimizer(self.policy.optimizer, tensors)
-            restore_rng(tensors, self.device)
-            keys = tensors["rng.numpy"].numpy().astype(np.uint32)
-            np.random.set_state(("MT19937", keys, *facts["rng"]))  # noqa: NPY002
+            names = [*rng_tensors(self.device), *numpy_rng_tensors()]
+            own = ranks.mine(tensors, names)
+            restore_rng(own, self.device)
+            restore_numpy_rng(own)
             self.update_number, self.num_timesteps = facts["update"], facts["timesteps"]
-        self._log = MetricsLog(self.work / "log.csv", self.update_number)
+        if ranks.first:
+            self._log = MetricsLog(self.work / "log.csv", self.update_number)
+            board = str(self.work / "tensorboard")
+            self._board = SummaryWriter(board, purge_step=self.update_number)
+
+
+def bc_coefficient(update: int, config: RlConfig) -> float:
+    """BC's part in an update's loss: constant, or in a straight line to its final value."""
+    if config.bc_final is None:
+        return config.bc_coefficient
+    learning = max(1, config.updates - 1 - config.critic_warmup)
+    share = min(1.0, max(0, update - config.critic_warmup) / learning)
+    return config.bc_coefficient + share * (config.bc_final - config.bc_coefficient)
 
 
 def _value_loss(values: Tensor, old_values: Tensor, returns: Tensor, config: RlConfig) -> Tensor:
@@ -340,48 +456,69 @@ def run(
     work: Path,
     latency: tuple[float, float],
     environment: str = "tabletop",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train in place, resuming from `work` where an earlier run was killed.
 
-    Returns the stage's facts. Everything is float32: log-probabilities of the sampled tokens, taken
-    with the KV cache, must equal the teacher-forced ones for the ratio to start at 1, and in
-    bfloat16 they do not.
+    Returns the stage's facts. Rollouts are float32, and so is learning unless the configuration
+    says otherwise: log-probabilities of the sampled tokens, taken with the KV cache, must equal the
+    teacher-forced ones for the ratio to start at 1, and in bfloat16 they do not.
+
+    ranks: who trains together, each with its part of the environments; the first one has `work`.
+
+    Raises:
+        UserError: the policy has no action tokens; or numbers cannot be divided among `ranks`.
     """
     if trainable.config.architecture.action_head is not None:
         raise UserError(
             "rl: PPO here is over action tokens, and the policy gives chunks of continuous "
             "actions; recover it by sft alone"
         )
+    if ranks.sharded:
+        raise UserError("rl: rollouts take a whole policy; launch without FSDP")
+    environments = ranks.share_of(config.environments, "rl: 'environments'")
     work.mkdir(parents=True, exist_ok=True)
-    processor, codec = trainable.processor, trainable.codec
+    processor, codec, model = trainable.processor, trainable.codec, trainable.model
     began = time.perf_counter()
+    adapters = None
+    if config.lora:
+        refuse_new(trainable, "rl")
+        torch.manual_seed(seed)
+        adapters = Adapters(model, config.lora, torch.float32)
+    with adapters.folded() if adapters else nullcontext():
+        decoder = Decoder(model, environments)
     # Each update gives every environment its scenes.
     size = trainable.config.architecture.towers[0].image_size
     venv = make_vector(
-        lambda *_: range(0), config.environments, environment, latency=latency, image_size=size
-    )
-    algorithm = RecoveryPPO(
-        TokenPolicy,
-        TokenActions(venv, codec),
-        config,
-        batches,
-        work,
-        policy_kwargs={
-            "model": trainable.model,
-            "decoder": Decoder(trainable.model, config.environments),
-            "batcher": Batcher(processor, device),
-            "value_learning_rate": config.value_learning_rate,
-            "temperature": config.temperature,
-        },
-        seed=seed,
-        device=device,
+        lambda *_: range(0), environments, environment, latency=latency, image_size=size
     )
     try:
+        algorithm = RecoveryPPO(
+            TokenPolicy,
+            TokenActions(venv, codec),
+            config,
+            batches,
+            work,
+            adapters,
+            ranks,
+            policy_kwargs={
+                "model": model,
+                "decoder": decoder,
+                "batcher": Batcher(processor, device),
+                "value_learning_rate": config.value_learning_rate,
+                "temperature": config.temperature,
+            },
+            seed=seed,
+            device=device,
+        )
         algorithm.restore_state()
-        total = config.updates * config.environments * config.steps_per_update
+        total = config.updates * environments * config.steps_per_update
         if algorithm.num_timesteps < total:
             algorithm.learn(total - algorithm.num_timesteps, reset_num_timesteps=False)
     finally:
         venv.close()
-    trainable.model.eval()
-    return {"seed": seed, "seconds": time.perf_counter() - began, **asdict(config)}
+    if adapters:
+        adapters.fold()
+    model.eval().requires_grad_(True)
+    facts = {"seed": seed, "seconds": time.perf_counter() - began, **ranks.facts}
+    return {**facts, **stated(config)}

@@ -17,6 +17,7 @@ from rlrc_ros.vla.engine import Unrolled
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.processor import Processor
+from training.augmentation import centre_cropped
 from training.envs.tabletop import decode_text
 
 
@@ -35,10 +36,13 @@ class Batcher:
         rows = torch.as_tensor(observation["instruction"]).cpu().numpy()
         ids, mask = processor.batch_token_ids([decode_text(row) for row in rows])
         proprioception = torch.as_tensor(observation["proprioception"]).to(device)
+        images = torch.as_tensor(observation["image"]).to(device)
+        if (share := processor.config.center_crop) != 1.0:
+            images = centre_cropped(images, share)
         return Inputs(
             ids.to(device),
             None if mask is None else mask.to(device),
-            processor.pixel_values(torch.as_tensor(observation["image"]).to(device)),
+            processor.pixel_values(images),
             processor.normalise_proprioception(proprioception),
         )
 
@@ -99,7 +103,8 @@ class _Graph:
                 unrolled(self._inputs, temperature, self._noise)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Of several training processes each has a thread that looks after NCCL; it may go on.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._out = unrolled(self._inputs, temperature, self._noise)
 
     def __call__(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from rlrc_ros.vla.openvla import OpenVLA
 from training.config import SparsifyConfig
+from training.data.batches import Batch, DemonstrationBatches
 from training.importance import SeenTokens, decoder_linears, rows
-from training.sft import Batch, DemonstrationBatches, bc_loss
+from training.sft import bc_loss
 
 BLOCK = 128
 """Columns that SparseGPT decides on together."""

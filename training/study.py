@@ -34,9 +34,9 @@ from training import prune, quantize, sft
 from training.bundles import Trainable, load_trainable
 from training.common import claim, forget_checkpoints, pick_device, seed_everything
 from training.config import PruneConfig, stated
+from training.data.batches import DemonstrationBatches
 from training.data.collect import collect_demonstrations
 from training.evaluate import Evaluation, evaluate, summarise
-from training.sft import DemonstrationBatches
 from training.sparsify import sparsify, zeros, zeros_held
 from training.study_config import Cell, EnvironmentConfig, StudyConfig, slug
 from training.study_report import write_report

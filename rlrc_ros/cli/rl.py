@@ -17,12 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Train."""
-    return run_stage(arguments, "rl", _stage)
+    return run_stage(arguments, "rl", _stage, together=True)
 
 
 def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[str, Any]:
     from training import rl
     from training.common import pick_device
+    from training.ranks import join
 
     return rl.run(
         config.rl,
@@ -33,4 +34,5 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
         work=work_directory(arguments, config, trainable),
         latency=config.demonstrations.latency,
         environment=config.environment,
+        ranks=join(arguments.device),
     )

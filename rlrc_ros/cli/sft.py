@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train."""
     name = "recovered" if arguments.policy else "original"
-    return run_stage(arguments, name, _stage, _load if arguments.policy else None)
+    return run_stage(arguments, name, _stage, _load if arguments.policy else None, together=True)
 
 
 def _load(arguments: argparse.Namespace, _: Any, device: Any) -> Any:
@@ -35,12 +35,14 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
     from training import flow, sft
     from training.bundles import load_trainable
     from training.common import pick_device
+    from training.ranks import join
 
     device = pick_device(arguments.device)
     where: dict[str, Any] = {
         "seed": arguments.seed,
         "device": device,
         "work": work_directory(arguments, config, trainable),
+        "ranks": join(arguments.device),
     }
     if trainable.config.architecture.expert is not None:
         return flow.run(config.recovery, trainable, batches(arguments, trainable), **where)

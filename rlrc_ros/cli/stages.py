@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,17 @@ def add_stage_arguments(
 
 
 def run_stage(
-    arguments: argparse.Namespace, name: str, stage: Stage, load: Load | None = None
+    arguments: argparse.Namespace,
+    name: str,
+    stage: Stage,
+    load: Load | None = None,
+    *,
+    together: bool = False,
 ) -> int:
-    """Load, train, save, and say what was made; an existing bundle is not replaced."""
+    """Load, train, save, and say what was made; an existing bundle is not replaced.
+
+    together: whether several processes can do it, of which the first one saves.
+    """
     import numpy as np
 
     from rlrc_ros.paths import config_file
@@ -63,7 +70,11 @@ def run_stage(
     from training.common import forget_checkpoints, pick_device, seed_everything
     from training.config import load_config
     from training.data.demonstrations import read_proprioception
+    from training.ranks import join, refuse_launch
 
+    if not together:
+        refuse_launch(arguments.verb)
+    ranks = join(arguments.device)
     if arguments.out.exists():
         raise UserError(f"{arguments.out}: is there already; name another directory, or delete it")
     config = load_config(config_file("training", arguments.config))
@@ -80,6 +91,9 @@ def run_stage(
         seen = np.concatenate([read_proprioception(d) for d in arguments.demonstrations])
         trainable = new_trainable(config.model, seen, device, config.environment)
     facts = stage(arguments, config, trainable)
+    ranks.leave()
+    if not ranks.first:
+        return 0
     bundle = trainable.save(arguments.out, name, **facts)
     forget_checkpoints(_work(arguments))
     emit(
@@ -93,8 +107,8 @@ def run_stage(
 def batches(arguments: argparse.Namespace, trainable: Any) -> Any:
     """Everything in the directories given, on the device; for pi0 with chunks of actions."""
     from training.common import pick_device
+    from training.data.batches import DemonstrationBatches
     from training.flow import FlowBatches
-    from training.sft import DemonstrationBatches
 
     device, expert = pick_device(arguments.device), trainable.config.architecture.expert
     if expert is None:
@@ -113,15 +127,18 @@ def work_directory(arguments: argparse.Namespace, config: Any, trainable: Any) -
         UserError: what an earlier command left there was made from something else.
     """
     from training.common import claim
+    from training.config import stated
+    from training.ranks import join
 
     work = _work(arguments)
     made_from = {
         "policy": trainable.parent and trainable.parent.hash,
         "demonstrations": [str(directory) for directory in arguments.demonstrations],
         "seed": arguments.seed,
-        "config": asdict(config),
+        "config": stated(config),
     }
-    claim(work, made_from)
+    if join(arguments.device).first:
+        claim(work, made_from)
     return work
 
 

@@ -266,6 +266,8 @@ def provenance(parent: Bundle | None, stage: str, **facts: Any) -> dict[str, Any
         "torch-pruning",
         "bitsandbytes",
         "stable-baselines3",
+        "peft",
+        "accelerate",
         "mujoco",
         "numpy",
     )

@@ -8,8 +8,8 @@ from rlrc_ros.vla.policy import build_model
 from rlrc_ros.vla.processor import word_tokenizer
 from tests.conftest import WORDS, bundle_config, tower
 from training.bundles import Trainable
+from training.data.batches import DemonstrationBatches
 from training.data.demonstrations import Demonstrations
-from training.sft import DemonstrationBatches
 
 TEXTS = ["put the red cube on the blue plate", "push the green cylinder into the red square"]
 
@@ -20,25 +20,17 @@ def batches_of(demonstrations, policy):
     return made
 
 
-@pytest.fixture
-def trainable():
-    """trainable(layers, seed, …) → a policy that can be trained."""
-
-    def make(layers=((2, 2, 64),) * 3, seed=0, image_size=64):
-        architecture = bundle_config(layers).architecture
-        architecture = type(architecture)(
-            towers=(tower(image_size=image_size),), decoder=architecture.decoder, proprioception=8
-        )
-        config = bundle_config(layers, architecture=architecture)
-        torch.manual_seed(seed)
-        return Trainable(build_model(config), config, word_tokenizer(WORDS), None)
-
-    return make
+def small_trainable(layers=((2, 2, 64),) * 3, seed=0, image_size=64):
+    architecture = bundle_config(layers).architecture
+    architecture = type(architecture)(
+        towers=(tower(image_size=image_size),), decoder=architecture.decoder, proprioception=8
+    )
+    config = bundle_config(layers, architecture=architecture)
+    torch.manual_seed(seed)
+    return Trainable(build_model(config), config, word_tokenizer(WORDS), None)
 
 
-@pytest.fixture
-def demonstrations():
-    """60 steps whose action follows from what is seen."""
+def small_demonstrations():
     rng = np.random.default_rng(0)
     proprioception = rng.normal(size=(60, 8)).astype(np.float32)
     actions = np.tanh(proprioception[:, :7]).astype(np.float32) * 0.03
@@ -52,6 +44,18 @@ def demonstrations():
         instructions=TEXTS,
         episodes=[{"steps": 60, "instruction": TEXTS[0]}],
     )
+
+
+@pytest.fixture
+def trainable():
+    """trainable(layers, seed, …) → a policy that can be trained."""
+    return small_trainable
+
+
+@pytest.fixture
+def demonstrations():
+    """60 steps whose action follows from what is seen."""
+    return small_demonstrations()
 
 
 @pytest.fixture

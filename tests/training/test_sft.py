@@ -5,16 +5,15 @@ import pytest
 import torch
 
 from rlrc_ros.errors import UserError
-from training.config import CorrectionsConfig, SftConfig
+from training.config import CorrectionsConfig, LoraConfig, SftConfig
+from training.data.batches import DemonstrationBatches
 from training.data.demonstrations import Episode, encode_png, write_shard
 from training.sft import (
-    DemonstrationBatches,
     GroundingHead,
     Trainer,
     bc_loss,
     schedule,
     sft_losses,
-    shifted,
 )
 
 CPU = torch.device("cpu")
@@ -55,18 +54,27 @@ def test_the_loss_falls(trainable, batches, tmp_path):
     assert bc_loss(policy.model, data.sample(60)) < 0.7 * before
 
 
-@pytest.mark.parametrize("step", [3, 5, 11])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(trainable, batches, tmp_path, step):
-    whole, broken, resumed = trainable(), trainable(), trainable(seed=9)
+EVERYTHING = {
+    "micro_batch": 4,
+    "gradient_checkpointing": True,
+    "lora": LoraConfig(rank=4, targets=("decoder", "vision")),
+    "augmentation": "openvla",
+}
+
+
+@pytest.mark.parametrize(("step", "options"), [(3, {}), (5, {}), (11, {}), (7, EVERYTHING)])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(trainable, batches, tmp_path, step, options):
+    config = dataclasses.replace(CONFIG, **options)
+    whole, broken, resumed = trainable(), trainable(), trainable(seed=0 if options else 9)
     torch.manual_seed(1)
-    Trainer(whole.model, batches(whole), CONFIG, CPU, tmp_path / "whole").run()
+    Trainer(whole.model, batches(whole), config, CPU, tmp_path / "whole").run()
     torch.manual_seed(1)
     with pytest.raises(Killed):
-        killed_at(step)(broken.model, batches(broken), CONFIG, CPU, tmp_path / "broken").run()
+        killed_at(step)(broken.model, batches(broken), config, CPU, tmp_path / "broken").run()
     if step < 5:  # before the first checkpoint everything starts anew
         resumed = trainable()
         torch.manual_seed(1)
-    Trainer(resumed.model, batches(resumed), CONFIG, CPU, tmp_path / "broken").run()
+    Trainer(resumed.model, batches(resumed), config, CPU, tmp_path / "broken").run()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     rows = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "broken")]
@@ -117,26 +125,6 @@ def test_the_learning_rate_warms_up_and_comes_down():
     rates = [schedule(step, config) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.06
-
-
-def test_shifted_images_move_by_whole_pixels():
-    images = torch.arange(3 * 5 * 7 * 2, dtype=torch.uint8).reshape(3, 5, 7, 2)
-    moved = shifted(images, torch.tensor([[0, 2, -1], [0, -1, 3]]))
-    assert torch.equal(moved[0], images[0])
-    assert torch.equal(moved[1, 2:, :-1], images[1, :-2, 1:])
-    assert torch.equal(moved[1, :2, :-1], images[1, :1, 1:].expand(2, -1, -1))  # border repeated
-    assert torch.equal(moved[2, :-1, 3:], images[2, 1:, :-3])
-
-
-def test_only_the_pixels_are_augmented(trainable, batches):
-    source, samples = batches(trainable()), []
-    for augmentation in ({}, {"shift": 4, "brightness": 0.2}):
-        torch.manual_seed(3)
-        samples.append(source.sample(16, **augmentation))
-    plain, augmented = samples
-    assert torch.equal(plain.bins, augmented.bins)
-    assert torch.equal(plain.inputs.proprioception, augmented.inputs.proprioception)
-    assert not torch.equal(plain.inputs.pixel_values, augmented.inputs.pixel_values)
 
 
 def test_joined_steps_keep_their_images_and_instructions(trainable, tmp_path):

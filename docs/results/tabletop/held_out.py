@@ -11,8 +11,9 @@ import torch
 
 from training.bundles import load_trainable
 from training.config import SftConfig
+from training.data.batches import DemonstrationBatches
 from training.data.demonstrations import read
-from training.sft import DemonstrationBatches, GroundingHead, sft_losses
+from training.sft import GroundingHead, sft_losses
 
 CPU = torch.device("cpu")
 # As the runs were trained; the grounding loss is left out, its head is not in the bundle.

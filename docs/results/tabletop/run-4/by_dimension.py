@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from training.bundles import load_trainable
+from training.data.batches import DemonstrationBatches
 from training.data.demonstrations import read
-from training.sft import DemonstrationBatches
 
 CPU = torch.device("cpu")
 FAR = 12  # bins of 256
