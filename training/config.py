@@ -309,6 +309,24 @@ class SparsifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoolingConfig:
+    """The rest of PPO nearer to how the policy acts, which is greedily.
+
+    Sampling at a temperature of 1 walks out of states that greedy decoding stays in for ever; at a
+    low one PPO meets them, and learns to leave them (docs/results/tabletop.md, run 5).
+    """
+
+    at_update: int
+    """The first such update."""
+    temperature: float
+    learning_rate: float
+    """The actor's. A step moves log-probabilities by the more, the lower the temperature is."""
+
+    def __post_init__(self) -> None:
+        _check("cooling", self, positive="temperature learning_rate", natural="at_update")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlConfig:
     """PPO with critic warm-up and BC regularization.
 
@@ -344,6 +362,9 @@ class RlConfig:
     huber_delta: float = 10.0
     max_grad_norm: float = 1.0
     temperature: float = 1.0
+    """At which actions are sampled, and their log-probabilities taken."""
+    cooling: CoolingConfig | None = None
+    """Another temperature and learning rate from some update on (default: none)."""
     first_seed: int = 5_000_000
     """Scenes of the rollouts, counted up from here."""
     micro_batch: int | None = None

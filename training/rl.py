@@ -233,6 +233,8 @@ class RecoveryPPO(PPO):
             start = first + (self.update_number * self.config.environments + place) * 100
             env.env_method("set_seeds", range(start, start + 100), indices=i)
         assert isinstance(self.policy, TokenPolicy)
+        sampled = sampling(self.update_number, self.config)
+        self.policy.temperature, self.policy.optimizer.param_groups[0]["lr"] = sampled
         with self._adapters.folded() if self._adapters else nullcontext():
             self.policy.decoder.refresh()
         self._last_obs = env.reset()  # type: ignore[assignment]
@@ -427,6 +429,14 @@ class RecoveryPPO(PPO):
             self._log = MetricsLog(self.work / "log.csv", self.update_number)
             board = str(self.work / "tensorboard")
             self._board = SummaryWriter(board, purge_step=self.update_number)
+
+
+def sampling(update: int, config: RlConfig) -> tuple[float, float]:
+    """An update's temperature and the actor's learning rate."""
+    cooling = config.cooling
+    if cooling is None or update < cooling.at_update:
+        return config.temperature, config.learning_rate
+    return cooling.temperature, cooling.learning_rate
 
 
 def bc_coefficient(update: int, config: RlConfig) -> float:

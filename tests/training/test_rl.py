@@ -13,7 +13,7 @@ from tests.training.conftest import batches_of
 from tests.training.recovery import tabletop_demonstrations, tabletop_policy
 from training import rl
 from training.common import MetricsLog
-from training.config import LoraConfig, RlConfig
+from training.config import CoolingConfig, LoraConfig, RlConfig
 from training.rl import RecoveryPPO, TokenPolicy, bc_coefficient
 from training.rollout import Batcher, Decoder
 from training.sft import bc_loss
@@ -81,6 +81,20 @@ def test_the_ratio_starts_at_one(policy, data, tmp_path):
     )
     assert float(rows[0]["clip_share"]) == 0
     assert abs(float(rows[0]["kl"])) < 1e-6
+
+
+def test_cooling_samples_and_learns_at_its_own_temperature_and_rate(policy, data, tmp_path):
+    cool = CoolingConfig(at_update=1, temperature=0.05, learning_rate=1e-12)
+    config = dataclasses.replace(CONFIG, critic_warmup=2, cooling=cool)
+    trainable = policy()
+    before = weights(trainable)
+    _, rows = run(config, trainable, data, tmp_path)
+    warm, cold, learning = (float(row["entropy"]) for row in rows)
+    assert max(cold, learning) < 0.9 * warm
+    # Rollout and learning agree about the temperature.
+    assert all(float(row["kl"]) == pytest.approx(0, abs=1e-4) for row in rows)
+    for name, value in weights(trainable).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-9)
 
 
 def test_without_its_coefficient_the_bc_loss_changes_nothing(policy, data, tmp_path):
