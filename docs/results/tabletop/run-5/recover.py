@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -46,7 +45,7 @@ out, seconds = Path(sys.argv[1]), float(sys.argv[2])
 config_path = Path(sys.argv[3] if sys.argv[3:] else "config/training/tabletop.yaml")
 config = load_config(config_path)
 small = config.model.layers < 12  # to try this script
-POOL = Path("/dev/shm/rlrc-pool")
+POOL = Path("/dev/shm/rlrc-pool")  # noqa: S108 in memory, and this machine was ours alone
 BACKLOG = 400  # files
 GPUS = torch.cuda.device_count()
 CAPACITY = 4000 if small else int(os.environ.get("CAPACITY", 1_900_000))  # steps
@@ -96,7 +95,7 @@ def deliver(name, steps, instruction):
 def alive():
     """Whether the trainer is there and wants more; waits while it has not taken what there is."""
     while not stopped() and Path("/proc", os.environ["TRAINER"]).exists():
-        if len(os.listdir(POOL)) < BACKLOG:
+        if sum(1 for _ in POOL.iterdir()) < BACKLOG:
             return True
         time.sleep(0.1)
     return False
@@ -105,7 +104,7 @@ def alive():
 def record():
     """Demonstrations, for ever."""
     number = int(os.environ["NUMBER"])
-    training.envs.tabletop.encode_png = lambda image: b""  # nobody reads it here
+    training.envs.tabletop.encode_png = lambda _: b""  # nobody reads it here
     env = make_environment(config.environment, [], latency=LATENCIES[0], label=True, image_size=128)
     seed, wanted, began = FIRST_DEMONSTRATION + 1_000_000 * number, config.demonstrations, 0
     while alive():
@@ -173,7 +172,7 @@ def correct():
                 actor._decoder.refresh()
 
 
-def scenes(first, index, environments):
+def scenes(first, index, _):
     return range(first + 1_000_000 * index, first + 1_000_000 * (index + 1))
 
 
@@ -223,7 +222,8 @@ class Ring(sft.DemonstrationBatches):
         self.total += new
         self._count.fill_(min(self.total, CAPACITY))
 
-    def sample(self, size, brightness=0.0, shift=0, augmented=False):
+    def sample(self, size, brightness=0.0, shift=0, _=False):
+        """Of all that is held."""
         rows = (torch.rand(size, device=self._device, dtype=torch.float64) * self._count).long()
         steps = self._steps
         inputs = self._inputs(rows, self._pixels(rows, brightness, shift))
@@ -238,18 +238,19 @@ class Reader(threading.Thread):
         self.ready, self.corrections = [], 0
 
     def run(self):
+        """Until the training ends."""
         while not stopped():
-            names = [name for name in os.listdir(POOL) if name.endswith(".episode")]
-            for name in names:
-                with safe_open(str(POOL / name), framework="np") as file:
+            for path in list(POOL.glob("*.episode")):
+                with safe_open(str(path), framework="np") as file:
                     episode = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                     episode["text"] = file.metadata()["text"]
-                (POOL / name).unlink()
-                self.corrections += name.startswith("c")
+                path.unlink()
+                self.corrections += path.name.startswith("c")
                 self.ready.append(episode)
             time.sleep(0.02)
 
     def take(self):
+        """What has come since the last time."""
         ready, self.ready = self.ready, []
         return ready
 
@@ -262,6 +263,7 @@ class TimedTrainer(sft.Trainer):
     """Trains until a moment on what the other processes record."""
 
     def start(self, trainable, reader, until):
+        """Say what is trained, on what, and until when."""
         self.trainable, self.reader = trainable, reader
         self.began, self.until, self.share = time.monotonic(), until, 0.0
         self.last_average, self.last_bundle, self.last_word = 0.0, time.monotonic(), 0.0
@@ -301,6 +303,7 @@ class TimedTrainer(sft.Trainer):
             )
 
     def save(self, name):
+        """The average, as a bundle."""
         current = {name: value.clone() for name, value in self._current.items()}
         self._put(self._average)
         facts = {"seed": config.seed, **dataclasses.asdict(self._config), **self._metrics}

@@ -51,6 +51,7 @@ class TimedPPO(rl.RecoveryPPO):
     until = 0.0
 
     def train(self):
+        """One update."""
         super().train()
         TimedPPO.updates = self.update_number
         if time.monotonic() - BEGAN > self.until:
