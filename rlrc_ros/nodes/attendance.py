@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from rclpy.duration import Duration
 from rclpy.event_handler import QoSLivelinessChangedInfo, SubscriptionEventCallbacks
+from rclpy.exceptions import NameValidationException
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, LivelinessPolicy, QoSProfile
 from std_msgs.msg import String
 
+from rlrc_ros.errors import UserError
+
 LEASE = 1.0
 """s without a sign of life of a process after which it is taken for gone."""
 
+_QOS = QoSProfile(
+    depth=1,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+    liveliness=LivelinessPolicy.AUTOMATIC,
+    liveliness_lease_duration=Duration(seconds=LEASE),
+)
+
 
 class Attendance:
-    """Those who attend an episode publish its id on `~/attended` before they ask for it.
+    """Watches the topic that one client alone publishes on (`common.ATTENDED_QOS`).
 
-    Their publisher promises signs of life (`common.ATTENDED_QOS`). A client that only asks for an
-    episode, as `ros2 action send_goal` does, is not missed.
+    Middleware tells that some publisher of a topic is gone, and not which one: hence a topic for
+    each client. Killed, frozen, cut off or ended in good order, all of them are gone.
+
+    Args:
+        node: what subscribes.
+        topic: the client's; empty where nobody attends, as with `ros2 action send_goal`.
+
+    Raises:
+        UserError: the topic's name makes no sense.
     """
 
-    def __init__(self, node: Node) -> None:
-        # Middleware tells that somebody is lost, and not who: it may be any of the latest.
-        self._attended: deque[str] = deque(maxlen=4)
-        self._lost: tuple[str, ...] = ()
-        qos = QoSProfile(
-            depth=4,
-            durability=DurabilityPolicy.TRANSIENT_LOCAL,
-            liveliness=LivelinessPolicy.AUTOMATIC,
-            liveliness_lease_duration=Duration(seconds=LEASE),
-        )
-        node.create_subscription(
-            String,
-            "~/attended",
-            lambda message: self._attended.append(message.data),
-            qos,
-            event_callbacks=SubscriptionEventCallbacks(liveliness=self._on_liveliness),
-        )
+    def __init__(self, node: Node, topic: str) -> None:
+        self.come = not topic
+        """Whether the client was there, if only for a moment."""
+        self.lost = False
+        """Whether it is gone since, be it back or not."""
+        self._node, self._subscription = node, None
+        if not topic:
+            return
+        try:
+            self._subscription = node.create_subscription(
+                String,
+                topic,
+                lambda _: None,
+                _QOS,
+                event_callbacks=SubscriptionEventCallbacks(liveliness=self._on_liveliness),
+            )
+        except (NameValidationException, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"attended_on: '{topic}' is no topic: {reason}") from None
 
     def _on_liveliness(self, change: QoSLivelinessChangedInfo) -> None:
-        if change.not_alive_count_change > 0:
-            self._lost = tuple(self._attended)
+        self.lost = self.lost or (self.come and change.alive_count == 0)
+        self.come = self.come or change.alive_count > 0
 
-    def lost(self, episode_id: str) -> bool:
-        """Whether the process that attended an episode was killed, frozen or cut off."""
-        return episode_id in self._lost
+    def close(self) -> None:
+        """Watch no longer: who leaves from now on is not missed."""
+        if self._subscription is not None:
+            self._node.destroy_subscription(self._subscription)

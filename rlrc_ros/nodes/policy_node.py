@@ -50,6 +50,8 @@ GUARD_PATIENCE = 1.0
 """s without a word from the command guard after which an episode ends."""
 GUARD_DISCOVERY = 3.0
 """s to wait for its first word, when an episode is to begin."""
+CLIENT_DISCOVERY = 5.0
+"""s to wait for the first sign of life of who attends the episode."""
 FAREWELL_TIME = 3.0
 """s that an episode cut off by SIGINT or SIGTERM may take to close its bag and give its result."""
 
@@ -83,6 +85,7 @@ class PolicyNode(LifecycleNode):
         torch.set_num_threads(threads)
         self._store = PolicyStore(self._load)
         self._episode: Episode | None = None
+        self._attendance: Attendance | None = None
         self._done: Future[None] | None = None
         """Of the goal that was accepted; None: the next one may be."""
         self._problem = ""
@@ -97,7 +100,6 @@ class PolicyNode(LifecycleNode):
         self._looked: dict[str, int] = {}
         """Stamps of the last look by source, until a command is sent that comes from it."""
         self._buffer = listen(self)
-        self._attendance = Attendance(self)
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.POLICY_QOS)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
@@ -277,7 +279,9 @@ class PolicyNode(LifecycleNode):
         except UserError as error:
             result.termination_reason, result.message = execution.POLICY_ERROR, str(error)
         finally:
-            self._episode = self._done = None
+            if self._attendance is not None:
+                self._attendance.close()
+            self._episode = self._attendance = self._done = None
             well = (execution.FINISHED, execution.TIMEOUT, execution.OPERATOR_STOP)
             ended = f"{result.episode_id or 'the last goal'}: {result.termination_reason}"
             ended += "" if self._blind else f" {result.message}"
@@ -296,10 +300,12 @@ class PolicyNode(LifecycleNode):
 
     async def _carry_out(self, handle: Any, result: RunEpisode.Result) -> None:
         """Run the episode, and its recording around it; raises UserError before it begins."""
-        began = time.monotonic()
+        began, goal = time.monotonic(), handle.request
+        attendance = self._attendance = Attendance(self, goal.attended_on)
         if not await common.until(self, lambda: self._guard_time > began, GUARD_DISCOVERY):
             raise UserError("no command guard is heard; start command_guard_node")
-        episode = self._prepare(handle.request)
+        attended = await common.until(self, lambda: attendance.come, CLIENT_DISCOVERY)
+        episode = self._prepare(goal)
         result.episode_id = episode.episode_id
         # From here on whatever ends an episode ends this one, though the recorder be slow.
         self._episode = episode
@@ -307,7 +313,10 @@ class PolicyNode(LifecycleNode):
             episode.end(execution.OPERATOR_STOP, "the goal was cancelled")
         elif not self._is_active():
             episode.end(execution.NODE_DEACTIVATED)
-        if handle.request.record:
+        elif not attended:
+            silent = f"nothing has come on {goal.attended_on} within {CLIENT_DISCOVERY:g} s"
+            episode.end(execution.CLIENT_LOST, silent)
+        if goal.record:
             result.bag_uri = await self._record(episode)
         try:
             await self._act(episode, handle)
@@ -356,7 +365,7 @@ class PolicyNode(LifecycleNode):
         def tick() -> None:
             episode.tick()
             self._watch_guard()
-            if self._attendance.lost(episode.episode_id):
+            if self._attendance is not None and self._attendance.lost:
                 self.end_episode(execution.CLIENT_LOST, "the process that ran it is gone")
             self._publish_status()
             statistics = episode.statistics

@@ -14,9 +14,11 @@ from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus
 from rlrc.srv import LabelEpisode
 from rosgraph_msgs.msg import Clock
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from rlrc_ros.messages.stamps import to_nanoseconds, to_stamp
+from rlrc_ros.nodes.common import ATTENDED_QOS
 from tests.ros.policy_robot import INSTRUCTION, JOINTS, broken
 
 CLIENT = f"""
@@ -63,14 +65,7 @@ def test_a_guard_that_follows_others_ends_the_episode(robot, status, words):
     [
         (signal.SIGKILL, "client_lost the process that ran it is gone"),
         (signal.SIGSTOP, "client_lost the process that ran it is gone"),
-        pytest.param(
-            signal.SIGINT,
-            "",
-            marks=pytest.mark.skip(
-                reason="known defect: on a busy machine a client may end before its cancel is out, "
-                "and a client that ends in good order is not missed"
-            ),
-        ),
+        (signal.SIGINT, ""),
     ],
 )
 def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, reason):
@@ -90,6 +85,34 @@ def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, rea
     assert robot.ros.until(lambda: said[-1][1].status[0].message == ended, 5.0), messages
     client.send(signal.SIGKILL)
     node.destroy_service(label)
+
+
+def test_only_an_episodes_own_client_is_missed_and_only_while_it_lasts(robot):
+    node = robot.ros.node
+    mine, others = (
+        node.create_publisher(String, f"policy/attended/{name}", ATTENDED_QOS)
+        for name in ("mine", "others")
+    )
+    episode_id, handle = robot.send(attended_on=others.topic_name)
+    robot.acts(episode_id)
+    assert robot.ros.call(Trigger, "policy/finish_episode").success
+    assert robot.result(handle)[1].termination_reason == "finished"
+    episode_id, handle = robot.send(attended_on=mine.topic_name)
+    robot.acts(episode_id)
+    node.destroy_publisher(others)
+    robot.ros.spin(1.5)
+    robot.acts(episode_id, len(robot.of(episode_id)) + 5)
+    node.destroy_publisher(mine)
+    _, result = robot.result(handle)
+    assert result.termination_reason == "client_lost" and robot.stands(episode_id)
+
+
+def test_nothing_moves_for_a_client_that_has_left_before_its_episode_begins(robot):
+    episode_id, status, result = robot.run(attended_on="/shared/policy/attended/nobody")
+    said = broken(robot, episode_id, status, result)
+    assert said == "client_lost: nothing has come on /shared/policy/attended/nobody within 5 s"
+    said = broken(robot, *robot.run(attended_on="a b"))
+    assert said.startswith("policy_error: attended_on: 'a b' is no topic: ")
 
 
 def test_a_camera_that_changes_its_resolution_ends_the_episode(robot):
