@@ -41,7 +41,7 @@ from rlrc_ros.messages.stamps import to_stamp
 from rlrc_ros.nodes import common
 from rlrc_ros.nodes.attendance import Attendance
 from rlrc_ros.nodes.recorder_client import RecorderClient
-from rlrc_ros.nodes.sensors import listen
+from rlrc_ros.nodes.sensors import listen, listen_to_pose
 from rlrc_ros.rollouts.episode import LONGEST_EPISODE
 from rlrc_ros.trials.seal import sealed_policies
 from rlrc_ros.vla import Observation, Policy, load_policy
@@ -99,7 +99,7 @@ class PolicyNode(LifecycleNode):
         self._guard_time = -math.inf
         self._looked: dict[str, int] = {}
         """Stamps of the last look by source, until a command is sent that comes from it."""
-        self._buffer = listen(self)
+        self._buffer, self._feels_pose = listen(self, self._frame), False
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.POLICY_QOS)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
@@ -216,6 +216,10 @@ class PolicyNode(LifecycleNode):
                 policy.warm_up()
                 inference = policy.warm_up() / 2  # acts twice, now that it is warm
                 self._costs[policy.hash] = time.monotonic() - began, inference * 1e3
+                contract = policy.config.proprioception
+                if contract is not None and contract.ee_pose and not self._feels_pose:
+                    self._feels_pose = True
+                    listen_to_pose(self, self._buffer)
         except UserError:
             raise
         except Exception as error:  # out of memory, a damaged tokenizer: the node must live on

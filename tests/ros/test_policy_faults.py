@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus
 from rlrc.srv import LabelEpisode
@@ -18,7 +19,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from rlrc_ros.messages.stamps import to_nanoseconds, to_stamp
-from rlrc_ros.nodes.common import ATTENDED_QOS
+from rlrc_ros.nodes.common import ATTENDED_QOS, SENSOR_QOS
 from tests.ros.policy_robot import INSTRUCTION, JOINTS, broken
 
 CLIENT = f"""
@@ -148,6 +149,38 @@ def test_joints_in_another_order_are_the_same_and_one_that_turns_nan_ends_the_ep
     assert result.termination_reason == "policy_error"
     assert result.message.startswith("observation: joint state is not finite: joint1 nan")
     assert robot.stands(episode_id)
+
+
+def test_a_policy_that_takes_the_end_effectors_pose_acts_on_a_good_one_alone(robot, posed_bundle):
+    node, pose = robot.ros.node, PoseStamped()
+    publisher = node.create_publisher(PoseStamped, "ee_pose", SENSOR_QOS)
+
+    def feel():
+        pose.header.stamp = robot.stamp()
+        publisher.publish(pose)
+
+    assert robot.load("posed", str(posed_bundle.path)).success
+    timer = node.create_timer(1 / 50, feel)
+    pose.pose.orientation.w = 1.0
+    for frame, x, words in [
+        (
+            "base",
+            0.3,
+            "/shared/ee_pose ('ee_pose'): it is in frame 'base', base_frame is 'base_link'",
+        ),
+        ("base_link", math.nan, "/shared/ee_pose ('ee_pose'): it is not finite, or"),
+        (None, 0.3, "/shared/ee_pose ('ee_pose') is "),
+    ]:
+        pose.header.frame_id, pose.pose.position.x = "base_link", 0.3
+        episode_id, handle = robot.send(label="posed")
+        robot.acts(episode_id)
+        pose.header.frame_id, pose.pose.position.x = frame or "base_link", x
+        if frame is None:
+            timer.cancel()
+        _, result = robot.result(handle)
+        assert result.termination_reason == "observation_lost" and result.skipped_steps > 0
+        assert result.message.startswith(words) and robot.stands(episode_id)
+    node.destroy_timer(timer), node.destroy_publisher(publisher)
 
 
 def test_a_flood_of_goals_disturbs_neither_the_episode_nor_the_node(robot):
