@@ -38,10 +38,10 @@ from rlrc_ros.guard import STOPPED
 from rlrc_ros.messages.command import action_to_twist, policy_command
 from rlrc_ros.messages.observation import Gripper
 from rlrc_ros.messages.stamps import to_stamp
-from rlrc_ros.nodes import common
+from rlrc_ros.nodes import attendance, common
 from rlrc_ros.nodes.attendance import Attendance
 from rlrc_ros.nodes.recorder_client import RecorderClient
-from rlrc_ros.nodes.sensors import listen, listen_to_pose
+from rlrc_ros.nodes.sensors import listen, listen_as_asked
 from rlrc_ros.rollouts.episode import LONGEST_EPISODE
 from rlrc_ros.trials.seal import sealed_policies
 from rlrc_ros.vla import Observation, Policy, load_policy
@@ -50,8 +50,6 @@ GUARD_PATIENCE = 1.0
 """s without a word from the command guard after which an episode ends."""
 GUARD_DISCOVERY = 3.0
 """s to wait for its first word, when an episode is to begin."""
-CLIENT_DISCOVERY = 5.0
-"""s to wait for the first sign of life of who attends the episode."""
 FAREWELL_TIME = 3.0
 """s that an episode cut off by SIGINT or SIGTERM may take to close its bag and give its result."""
 
@@ -99,7 +97,7 @@ class PolicyNode(LifecycleNode):
         self._guard_time = -math.inf
         self._looked: dict[str, int] = {}
         """Stamps of the last look by source, until a command is sent that comes from it."""
-        self._buffer, self._feels_pose = listen(self, self._frame), False
+        self._buffer = listen(self, self._frame)
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.POLICY_QOS)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
@@ -216,10 +214,7 @@ class PolicyNode(LifecycleNode):
                 policy.warm_up()
                 inference = policy.warm_up() / 2  # acts twice, now that it is warm
                 self._costs[policy.hash] = time.monotonic() - began, inference * 1e3
-                contract = policy.config.proprioception
-                if contract is not None and contract.ee_pose and not self._feels_pose:
-                    self._feels_pose = True
-                    listen_to_pose(self, self._buffer)
+                listen_as_asked(self, self._buffer, policy.config)
         except UserError:
             raise
         except Exception as error:  # out of memory, a damaged tokenizer: the node must live on
@@ -305,10 +300,11 @@ class PolicyNode(LifecycleNode):
     async def _carry_out(self, handle: Any, result: RunEpisode.Result) -> None:
         """Run the episode, and its recording around it; raises UserError before it begins."""
         began, goal = time.monotonic(), handle.request
-        attendance = self._attendance = Attendance(self, goal.attended_on)
+        client = self._attendance = Attendance(self, goal.attended_on)
         if not await common.until(self, lambda: self._guard_time > began, GUARD_DISCOVERY):
             raise UserError("no command guard is heard; start command_guard_node")
-        attended = await common.until(self, lambda: attendance.come, CLIENT_DISCOVERY)
+        found = attendance.DISCOVERY_TIME
+        attended = await common.until(self, lambda: client.come, found)
         episode = self._prepare(goal)
         result.episode_id = episode.episode_id
         # From here on whatever ends an episode ends this one, though the recorder be slow.
@@ -318,7 +314,7 @@ class PolicyNode(LifecycleNode):
         elif not self._is_active():
             episode.end(execution.NODE_DEACTIVATED)
         elif not attended:
-            silent = f"nothing has come on {goal.attended_on} within {CLIENT_DISCOVERY:g} s"
+            silent = f"nothing has come on {goal.attended_on} within {found:g} s"
             episode.end(execution.CLIENT_LOST, silent)
         if goal.record:
             result.bag_uri = await self._record(episode)
@@ -327,7 +323,7 @@ class PolicyNode(LifecycleNode):
         finally:
             self._tell(episode, result)
             if result.bag_uri:
-                problem = await self._recorder.stop(result.termination_reason)
+                problem = await self._recorder.stop(episode.episode_id, result.termination_reason)
                 if problem:
                     messages = filter(None, [result.message, f"recording: {problem}"])
                     result.message = "; ".join(messages)

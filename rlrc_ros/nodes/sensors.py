@@ -13,6 +13,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.observation import MAX_SKEW, ObservationBuffer
 from rlrc_ros.nodes import common
+from rlrc_ros.vla.config import BundleConfig
 
 DEFAULT_AGE = 0.2
 """s, of an image whose camera names no limit."""
@@ -21,7 +22,7 @@ DEFAULT_AGE = 0.2
 def listen(node: Node, base_frame: str) -> ObservationBuffer:
     """Declare the parameters `cameras`, `…_max_age` and `max_skew`, and subscribe.
 
-    Not to the end effector's pose yet, which comes often and few policies take (`listen_to_pose`).
+    Not to the end effector's pose yet, which comes often and few policies take (`listen_as_asked`).
 
     Args:
         node: subscribes.
@@ -66,7 +67,11 @@ def listen(node: Node, base_frame: str) -> ObservationBuffer:
     return buffer
 
 
-def listen_to_pose(node: Node, buffer: ObservationBuffer) -> None:
-    """Have the buffer hear the end effector's pose too."""
+def listen_as_asked(node: Node, buffer: ObservationBuffer, config: BundleConfig) -> None:
+    """Have the buffer hear the end effector's pose too, from the first policy on that takes it."""
+    contract, topic = config.proprioception, node.resolve_topic_name("ee_pose")
+    heard = any(subscription.topic_name == topic for subscription in node.subscriptions)
+    if contract is None or not contract.ee_pose or heard:
+        return
     add = partial(buffer.add, ObservationBuffer.EE_POSE)
     node.create_subscription(PoseStamped, "ee_pose", add, common.SENSOR_QOS)

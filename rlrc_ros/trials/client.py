@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.stamps import to_nanoseconds
-from rlrc_ros.nodes.common import ATTENDED_QOS
+from rlrc_ros.nodes.attendance import attending
 
 ANSWER_TIME = 30.0
 """s for a service to answer."""
@@ -69,9 +68,7 @@ class RobotClient:
         self._run: ActionClient[Any, Any, Any] = ActionClient(
             self._node, RunEpisode, "policy/run_episode"
         )
-        # A topic of this client's own: its end is the end of nobody else's episode.
-        topic = f"policy/attended/client_{secrets.token_hex(4)}"
-        self._attended = self._node.create_publisher(String, topic, ATTENDED_QOS)
+        self._attended = attending(self._node, "policy")
         # All at once: a service may not know yet where to answer a client that has just appeared.
         self._clients: dict[str, Client[Any, Any]] = {
             name: self._node.create_client(kind, name)

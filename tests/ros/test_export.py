@@ -18,7 +18,7 @@ from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.nodes.common import SENSOR_QOS
-from rlrc_ros.nodes.sensors import listen, listen_to_pose
+from rlrc_ros.nodes.sensors import listen, listen_as_asked
 from rlrc_ros.profile import load_profile
 from rlrc_ros.rollouts.alignment import AlignedEpisode, Contract
 from rlrc_ros.rollouts.bag import open_bag, read_messages
@@ -108,7 +108,7 @@ def test_a_bag_replayed_through_the_live_nodes_subscriptions_gives_the_same_bits
         automatically_declare_parameters_from_overrides=False,
     )  # fmt: skip
     buffer = listen(node, contract.profile.base_frame)
-    listen_to_pose(node, buffer)
+    listen_as_asked(node, buffer, contract.config)
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
     kinds = {CAMERA: Image, JOINTS: JointState, POSE: PoseStamped}

@@ -5,6 +5,8 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +17,14 @@ from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus
 from rlrc.srv import LabelEpisode
 from rosgraph_msgs.msg import Clock
-from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from rlrc_ros.messages.stamps import to_nanoseconds, to_stamp
-from rlrc_ros.nodes.common import ATTENDED_QOS, SENSOR_QOS
+from rlrc_ros.nodes.attendance import attending
+from rlrc_ros.nodes.common import SENSOR_QOS
+from rlrc_ros.profile import CameraSource, load_profile
+from rlrc_ros.rollouts.alignment import AlignedEpisode, Contract
+from rlrc_ros.rollouts.verify import verify
 from tests.ros.policy_robot import INSTRUCTION, JOINTS, broken
 
 CLIENT = f"""
@@ -90,10 +95,7 @@ def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, rea
 
 def test_only_an_episodes_own_client_is_missed_and_only_while_it_lasts(robot):
     node = robot.ros.node
-    mine, others = (
-        node.create_publisher(String, f"policy/attended/{name}", ATTENDED_QOS)
-        for name in ("mine", "others")
-    )
+    mine, others = (attending(node, "policy") for _ in range(2))
     episode_id, handle = robot.send(attended_on=others.topic_name)
     robot.acts(episode_id)
     assert robot.ros.call(Trigger, "policy/finish_episode").success
@@ -242,20 +244,44 @@ class SimulatedClock:
         self._publisher.publish(Clock(clock=to_stamp(self.now)))
 
 
-def test_simulated_time_that_jumps_is_survived_and_that_stands_still_ends_the_episode(own_robot):
+def simulated_seconds(bag, config):
+    """How far the stamps of what is exported of a bag in simulated time lie apart."""
+    report, profile = verify(bag), load_profile("sim")
+    assert report.ok and "/clock" in [topic.topic for topic in report.topics if topic.messages]
+    joints = replace(profile.joint_states, max_age=1.0)
+    cameras = {"front": CameraSource(topic="image", max_age=1.0)}
+    contract = Contract(config, replace(profile, cameras=cameras, joint_states=joints))
+    steps = list(AlignedEpisode(bag, contract).steps())
+    stamps = [stamp * 1e-9 for step in steps for stamp in step.stamps.values()]
+    assert len(steps) >= 8 and min(stamps) >= 1000.0 and max(stamps) < 2000.0
+    return max(stamps) - min(stamps)
+
+
+def test_simulated_time_that_jumps_is_survived_and_that_stands_still_ends_the_episode(
+    own_robot, start, bundles, tmp_path
+):
     robot = own_robot(use_sim_time="true", joint_states_max_age=1.0, cameras="['front=image,,1.0']")
+    recorder = start(
+        "recorder_node",
+        {"output_dir": tmp_path / "bags", "use_sim_time": "true"},
+        remappings={"__ns": robot.ros.node.get_namespace()},
+    )
     clock = SimulatedClock(robot.ros)
     robot.stamp = lambda: to_stamp(clock.now)
     robot.ready()
+    assert robot.ros.until(lambda: "bags go to" in recorder.output)
     for jump in (100.0, -100.0):
-        episode_id, handle = robot.send()
+        episode_id, handle = robot.send(record=jump > 0.0)
         robot.acts(episode_id, 5)
         clock.now += jump
         robot.acts(episode_id, len(robot.of(episode_id)) + 5)
         seen = to_nanoseconds(robot.of(episode_id)[-1].observation_stamp) * 1e-9
         assert 0.0 <= clock.now - seen < 1.0
         assert robot.ros.call(Trigger, "policy/finish_episode").success
-        assert robot.result(handle)[1].termination_reason == "finished"
+        _, result = robot.result(handle)
+        assert result.termination_reason == "finished"
+        if jump > 0.0:
+            assert simulated_seconds(Path(result.bag_uri), bundles["original"].config) > jump
     episode_id, handle = robot.send()
     robot.acts(episode_id, 5)
     clock.runs = False
