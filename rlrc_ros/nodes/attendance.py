@@ -70,7 +70,7 @@ class Attendance:
             self._subscription = node.create_subscription(
                 String,
                 topic,
-                lambda _: None,
+                self._on_message,
                 _WATCHED_QOS,
                 event_callbacks=SubscriptionEventCallbacks(liveliness=self._on_liveliness),
             )
@@ -78,10 +78,16 @@ class Attendance:
             reason = str(error).splitlines()[0]
             raise UserError(f"attended_on: '{topic}' is no topic: {reason}") from None
 
+    def _on_message(self, _: String) -> None:
+        self.come, self.present = True, not self._gone
+
     def _on_liveliness(self, change: QoSLivelinessChangedInfo) -> None:
-        self.present = change.alive_count > 0
-        self._gone = self._gone or (self.come and not self.present)
-        self.come = self.come or self.present
+        # Changes, not counts: to who subscribes anew to a client that it knew, Fast DDS 3.2 does
+        # not tell that it is there, and counts down to -1 when it goes.
+        if change.alive_count_change < 0 or change.not_alive_count_change > 0:
+            self.present, self._gone = False, True
+        elif change.alive_count_change > 0:
+            self.come = self.present = True
 
     @property
     def lost(self) -> bool:

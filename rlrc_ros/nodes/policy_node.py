@@ -303,8 +303,6 @@ class PolicyNode(LifecycleNode):
         client = self._attendance = Attendance(self, goal.attended_on)
         if not await common.until(self, lambda: self._guard_time > began, GUARD_DISCOVERY):
             raise UserError("no command guard is heard; start command_guard_node")
-        found = attendance.DISCOVERY_TIME
-        attended = await common.until(self, lambda: client.come, found)
         episode = self._prepare(goal)
         result.episode_id = episode.episode_id
         # From here on whatever ends an episode ends this one, though the recorder be slow.
@@ -313,8 +311,9 @@ class PolicyNode(LifecycleNode):
             episode.end(execution.OPERATOR_STOP, "the goal was cancelled")
         elif not self._is_active():
             episode.end(execution.NODE_DEACTIVATED)
-        elif not attended:
-            silent = f"nothing has come on {goal.attended_on} within {found:g} s"
+        patience = attendance.DISCOVERY_TIME
+        if not await common.until(self, lambda: client.come or episode.ended, patience):
+            silent = f"nothing has come on {goal.attended_on} within {patience:g} s"
             episode.end(execution.CLIENT_LOST, silent)
         if goal.record:
             result.bag_uri = await self._record(episode)

@@ -17,6 +17,7 @@ from rcl_interfaces.srv import SetParameters
 from rlrc.msg import GuardStatus
 from rlrc.srv import LabelEpisode
 from rosgraph_msgs.msg import Clock
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from rlrc_ros.messages.stamps import to_nanoseconds, to_stamp
@@ -96,10 +97,12 @@ def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, rea
 def test_only_an_episodes_own_client_is_missed_and_only_while_it_lasts(robot):
     node = robot.ros.node
     mine, others = (attending(node, "policy") for _ in range(2))
-    episode_id, handle = robot.send(attended_on=others.topic_name)
-    robot.acts(episode_id)
-    assert robot.ros.call(Trigger, "policy/finish_episode").success
-    assert robot.result(handle)[1].termination_reason == "finished"
+    mine.publish(String(data="all of them"))
+    for client in (others, mine):
+        episode_id, handle = robot.send(attended_on=client.topic_name)
+        robot.acts(episode_id)
+        assert robot.ros.call(Trigger, "policy/finish_episode").success
+        assert robot.result(handle)[1].termination_reason == "finished"
     episode_id, handle = robot.send(attended_on=mine.topic_name)
     robot.acts(episode_id)
     node.destroy_publisher(others)
