@@ -174,13 +174,14 @@ def nodes(
                 **blinded,
                 "cameras": [_camera(name, source) for name, source in profile.cameras.items()],
                 "joint_states_max_age": joints.max_age,
+                "ee_pose_max_age": profile.ee_pose_max_age,
                 "max_skew": profile.max_skew,
                 "gripper_joint": joints.gripper_joint,
                 "gripper_closed": joints.gripper_closed,
                 "gripper_open": joints.gripper_open,
                 "autostart": True,
             },
-            {"joint_states": joints.topic},
+            {"joint_states": joints.topic, "ee_pose": profile.ee_pose},
         )
     )
     if use_sim_time:

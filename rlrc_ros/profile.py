@@ -87,7 +87,11 @@ class RobotProfile:
     cameras: dict[str, CameraSource]
     joint_states: JointSource
     ee_pose: str
-    """Topic of the end effector's geometry_msgs/PoseStamped, which the guard keeps in its box."""
+    """Topic of the end effector's geometry_msgs/PoseStamped in `base_frame`: the guard keeps it in
+    its box, and policies that take the end effector's pose take this one, which therefore has to
+    be of the same point, along the same axes, as in their training data."""
+    ee_pose_max_age: float = 0.1
+    """s, of the pose's stamp when a policy that takes it looks; older, and the step is skipped."""
     ee_frame: str = ""
     """The link whose pose to compute from joint states and /robot_description and publish there,
     where the driver gives none; empty: it does."""
@@ -129,6 +133,9 @@ class RobotProfile:
             _refuse_empty(f"{key}.topic", source.topic)
         for key in ("base_frame", "ee_pose", "ee_command", "gripper_command"):
             _refuse_empty(key, getattr(self, key))
+        if not 0.0 < self.ee_pose_max_age <= 2.0:
+            age = self.ee_pose_max_age
+            raise UserError(f"ee_pose_max_age is {age}: it must be s above 0 and at most 2")
         if not 0.0 < self.max_skew <= 2.0:
             raise UserError(f"max_skew is {self.max_skew}: it must be s above 0 and at most 2")
         closed, opened = self.gripper_command_closed, self.gripper_command_open

@@ -6,7 +6,6 @@ commands the arm.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.messages.ee_pose import pose_problem
 from rlrc_ros.messages.image import image_to_rgb
 from rlrc_ros.messages.joint_state import ordered_positions
 from rlrc_ros.messages.stamps import to_nanoseconds
@@ -158,7 +158,7 @@ def _input(
     detail = f"{listener.rate:.1f} Hz, stamps at most {listener.oldest:.3f} s old"
     if part == "ee_pose":
         judge: Callable[[], str] = partial(_pose_problem, profile, listener.last)
-        rate, age = MIN_POSE_RATE, profile.joint_states.max_age
+        rate, age = MIN_POSE_RATE, profile.ee_pose_max_age
     elif part == "joint_states":
         judge = partial(_joints_problem, listener.last, [profile.joint_states.gripper_joint])
         rate, age = profile.joint_states.min_rate, profile.joint_states.max_age
@@ -233,13 +233,10 @@ def _joints_problem(message: Any, names: list[str]) -> str:
 
 
 def _pose_problem(profile: RobotProfile, message: Any) -> str:
-    if message.header.frame_id != profile.base_frame:
-        return f"it is in frame '{message.header.frame_id}', base_frame is '{profile.base_frame}'"
-    position, q = message.pose.position, message.pose.orientation
+    if problem := pose_problem(message, profile.base_frame):
+        return problem
+    position, limits = message.pose.position, profile.guard
     place = (position.x, position.y, position.z)
-    if not all(map(math.isfinite, place)) or abs(math.hypot(q.x, q.y, q.z, q.w) - 1.0) > 0.01:
-        return "it is not finite, or its orientation is no unit quaternion"
-    limits = profile.guard
     corners = zip(limits.workspace_min, place, limits.workspace_max, strict=True)
     if any(not low <= value <= high for low, value, high in corners):
         where = ", ".join(f"{value:.3f}" for value in place)
@@ -299,13 +296,14 @@ def _policy(
     if missing:
         problem = f"it looks through {', '.join(missing)}; cameras: {', '.join(profile.cameras)}"
     contract, state = config.proprioception, listeners["joint_states"].last
-    if not problem and contract is not None:
+    if not problem and contract is not None and contract.takes_joint_states:
         problem = "its joints cannot be compared: no joint state came"
         if state is not None:
             problem = _joints_problem(state, list(contract.joints))
     cameras = ", ".join(camera.name for camera in config.cameras)
     joints = len(contract.joints) if contract is not None else 0
-    detail = f"cameras {cameras}; {joints} joints; {config.control_rate:g} Hz"
+    pose = "the end effector's pose, " if contract is not None and contract.ee_pose else ""
+    detail = f"cameras {cameras}; {pose}{joints} joints; {config.control_rate:g} Hz"
     return Finding(part, listeners["joint_states"].subscription.topic_name, problem, detail)
 
 

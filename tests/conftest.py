@@ -70,6 +70,20 @@ def bundle_config(layers=((2, 2, 64),) * 3, **changes):
     return BundleConfig(**{**fields, **changes})
 
 
+def posed_config(joints=7, **changes):
+    """The same for a policy that takes the end effector's pose, and so many joints beside it."""
+    count = 6 + joints + 1
+    architecture = dataclasses.replace(bundle_config().architecture, proprioception=count)
+    contract = ProprioceptionConfig(
+        joints=tuple(f"joint{i}" for i in range(1, joints + 1)),
+        gripper=True,
+        mean=(0.0,) * 3 + (3.0,) + (0.0,) * (count - 4),
+        std=(1.0,) * count,
+        ee_pose=True,
+    )
+    return bundle_config(architecture=architecture, proprioception=contract, **changes)
+
+
 def chunked(config, images=1):
     """The same as an OpenVLA-OFT: chunks of 8."""
     head = ActionHeadConfig(chunk=8, dimensions=config.action_codec.dimensions)

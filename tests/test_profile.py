@@ -49,6 +49,11 @@ NAN = float("nan")
         (("guard",), {"max_speed": 1.0}, "unknown key 'guard.max_speed'; did you mean"),
         (("cameras", "front"), {"topics": "x"}, "unknown key 'cameras.front.topics'; did you mean"),
         ((), {"ee_pose": None}, "'ee_pose' is missing"),
+        (
+            (),
+            {"ee_pose_max_age": 0.0},
+            "ee_pose_max_age is 0.0: it must be s above 0 and at most 2",
+        ),
         (("joint_states",), {"gripper_joint": None}, "'joint_states.gripper_joint' is missing"),
         (("guard",), {"max_angular_speed": None}, "'guard.max_angular_speed' is missing"),
         ((), {"cameras": "front"}, "cameras"),

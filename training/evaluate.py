@@ -116,6 +116,12 @@ def evaluate(
     contract(task.environment)  # imports what it takes, here rather than in a worker
     bundle = open_bundle(task.policy)
     empty_model(bundle)  # or say now, in one line, what is wrong with it
+    feels = bundle.config.proprioception
+    if feels is not None and feels.ee_pose:
+        raise UserError(
+            f"{task.policy} takes the end effector's pose, and {task.environment} gives positions "
+            "of joints"
+        )
     run = _on_gpu if pick_device(device).type == "cuda" else _on_cpu
     if run is _on_gpu and (task.engine, task.dtype) != ("auto", "auto"):
         raise UserError(

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="joints that are its proprioception, in order (a checkpoint does not name them)",
     )
     parser.add_argument(
+        "--ee-pose",
+        action="store_true",
+        help="its proprioception begins with the end effector's position and rotation vector, six "
+        "values, as LIBERO's does; --joints names the rest",
+    )
+    parser.add_argument(
         "--control-rate",
         type=_hertz,
         metavar="HZ",
@@ -70,16 +76,17 @@ def main(arguments: argparse.Namespace) -> int:
         unnorm_key=arguments.unnorm_key,
         cameras=arguments.cameras,
         joints=arguments.joints,
+        ee_pose=arguments.ee_pose,
         control_rate=arguments.control_rate,
         chunk=arguments.chunk,
         center_crop=arguments.center_crop,
     )
     facts = inspect(bundle.path)
-    takes = facts["proprioception"]
+    takes = bundle.config.proprioception
     lines = [
         f"{bundle.path}  {bundle.hash[:12]}  {facts['bundle_bytes'] / 1e6:.1f} MB",
         f"  cameras: {', '.join(camera['name'] for camera in facts['cameras'])}",
-        f"  proprioception: {', '.join(takes['joints']) if takes else 'none'}",
+        f"  proprioception: {', '.join(takes.names) if takes else 'none'}",
         f"  control rate: {facts['control_rate']:g} Hz; actions in a chunk: {facts['chunk']}",
     ]
     emit(arguments, facts, "\n".join(lines))

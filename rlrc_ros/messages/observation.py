@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.messages.ee_pose import pose_problem, pose_vector
 from rlrc_ros.messages.image import image_to_rgb
 from rlrc_ros.messages.joint_state import ordered_positions
 from rlrc_ros.messages.stamps import to_nanoseconds
@@ -52,12 +54,14 @@ class Snapshot:
 
     Attributes:
         images: messages by camera name.
-        joint_state: the message, None where the policy takes no proprioception.
+        joint_state: the message, None where the policy takes none.
+        ee_pose: the end effector's pose, None where the policy does not take it.
         stamps: header stamps in ns since the epoch, by source.
     """
 
     images: dict[str, Any]
     joint_state: Any | None
+    ee_pose: Any | None
     stamps: dict[str, int]
 
     @property
@@ -78,34 +82,60 @@ class Snapshot:
                 images[name] = image_to_rgb(message)
             except UserError as error:
                 raise UserError(f"camera '{name}': {error}") from None
-        contract, proprioception = config.proprioception, None
-        if contract is not None:
+        return Observation(images, instruction, self._proprioception(config, gripper))
+
+    def _proprioception(self, config: BundleConfig, gripper: Gripper) -> NDArray[np.float64] | None:
+        contract = config.proprioception
+        if contract is None:
+            return None
+        values = []
+        if contract.ee_pose:
+            values.append(pose_vector(self.ee_pose, contract.mean[3:6]))
+        if contract.takes_joint_states:
             names = [*contract.joints, gripper.joint] if contract.gripper else contract.joints
-            proprioception = ordered_positions(self.joint_state, names)
+            positions = ordered_positions(self.joint_state, names)
             if contract.gripper:
-                proprioception[-1] = gripper.opening(proprioception[-1])
-        return Observation(images, instruction, proprioception)
+                positions[-1] = gripper.opening(positions[-1])
+            values.append(positions)
+        return np.concatenate(values)
 
 
 class ObservationBuffer:
     """Keeps the latest message of each source and says whether they make an observation.
 
     Args:
-        max_age: s, of a message's stamp when looked at, by source: camera names and `joint_states`.
+        max_age: s, of a message's stamp when looked at, by source: camera names, `joint_states` and
+            `ee_pose`.
         topics: the same sources' topics, for error messages.
         max_skew: s, between the stamps of an observation's parts.
+        base_frame: what the end effector's pose has to be in.
     """
 
-    JOINT_STATES = "joint_states"
+    JOINT_STATES, EE_POSE = "joint_states", "ee_pose"
 
     def __init__(
-        self, max_age: Mapping[str, float], topics: Mapping[str, str], max_skew: float
+        self,
+        max_age: Mapping[str, float],
+        topics: Mapping[str, str],
+        max_skew: float,
+        base_frame: str,
     ) -> None:
         self._max_age, self._topics, self._max_skew = dict(max_age), dict(topics), max_skew
+        self._base_frame = base_frame
         self._latest: dict[str, Any] = {}
         self._arrived: dict[str, float] = {}
         """s of the steady clock, when the latest of each source came."""
         self._lock = threading.Lock()
+
+    @classmethod
+    def sources(cls, config: BundleConfig) -> list[str]:
+        """What a policy's observation is made of: its cameras' names first."""
+        found, contract = [camera.name for camera in config.cameras], config.proprioception
+        if contract is not None and contract.takes_joint_states:
+            found.append(cls.JOINT_STATES)
+        if contract is not None and contract.ee_pose:
+            found.append(cls.EE_POSE)
+        return found
 
     def add(self, source: str, message: Any) -> None:
         """Take a message in; one that is not newer than the source's latest is ignored.
@@ -125,11 +155,12 @@ class ObservationBuffer:
 
     def check(self, config: BundleConfig) -> None:
         """Raises UserError where the policy looks through a camera that is not here."""
+        cameras = sorted(set(self._topics) - {self.JOINT_STATES, self.EE_POSE})
         for camera in config.cameras:
-            if camera.name not in self._topics:
+            if camera.name not in cameras:
                 raise UserError(
                     f"the policy looks through camera '{camera.name}'; cameras here: "
-                    f"{', '.join(sorted(set(self._topics) - {self.JOINT_STATES})) or 'none'}"
+                    f"{', '.join(cameras) or 'none'}"
                 )
 
     def snapshot(self, config: BundleConfig, now_ns: int) -> Snapshot:
@@ -137,10 +168,10 @@ class ObservationBuffer:
 
         Raises:
             UserError: a source has sent nothing or nothing recent, is ahead of time, or the parts
-                lie too far apart in time; one line that names the topic.
+                lie too far apart in time, or the end effector's pose is in another frame or not
+                finite; one line that names the topic.
         """
-        cameras = [camera.name for camera in config.cameras]
-        sources = [*cameras, self.JOINT_STATES] if config.proprioception else cameras
+        sources = self.sources(config)
         self.check(config)
         with self._lock:
             messages = {source: self._latest.get(source) for source in sources}
@@ -171,8 +202,11 @@ class ObservationBuffer:
                 f"{self._topics[late]} ('{late}') is {skew:.2f} s behind the other sources, "
                 f"{self._max_skew:g} s are allowed"
             )
-        images = {name: messages[name] for name in cameras}
-        return Snapshot(images, messages.get(self.JOINT_STATES), stamps)
+        pose = messages.get(self.EE_POSE)
+        if pose is not None and (problem := pose_problem(pose, self._base_frame)):
+            raise UserError(f"{self._topics[self.EE_POSE]} ('{self.EE_POSE}'): {problem}")
+        images = {camera.name: messages[camera.name] for camera in config.cameras}
+        return Snapshot(images, messages.get(self.JOINT_STATES), pose, stamps)
 
 
 def _ns(message: Any) -> int:

@@ -49,14 +49,6 @@ POLICY_QOS = QoSProfile(
 every 12 ms. Fast DDS sends one every 8 ms, from a thread that neither inference nor Python's lock
 holds up; a process that was killed or frozen sends none."""
 
-ATTENDED_QOS = QoSProfile(
-    depth=1,
-    durability=DurabilityPolicy.TRANSIENT_LOCAL,
-    liveliness=LivelinessPolicy.AUTOMATIC,
-    liveliness_lease_duration=Duration(seconds=0.5),
-)
-"""The id of the episode that a process attends, with a promise of a sign of life every 0.5 s."""
-
 LATCHED_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 """What was said last, for those who come later too."""
 

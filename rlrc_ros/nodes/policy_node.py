@@ -38,10 +38,10 @@ from rlrc_ros.guard import STOPPED
 from rlrc_ros.messages.command import action_to_twist, policy_command
 from rlrc_ros.messages.observation import Gripper
 from rlrc_ros.messages.stamps import to_stamp
-from rlrc_ros.nodes import common
+from rlrc_ros.nodes import attendance, common
 from rlrc_ros.nodes.attendance import Attendance
 from rlrc_ros.nodes.recorder_client import RecorderClient
-from rlrc_ros.nodes.sensors import listen
+from rlrc_ros.nodes.sensors import listen, listen_as_asked
 from rlrc_ros.rollouts.episode import LONGEST_EPISODE
 from rlrc_ros.trials.seal import sealed_policies
 from rlrc_ros.vla import Observation, Policy, load_policy
@@ -83,6 +83,7 @@ class PolicyNode(LifecycleNode):
         torch.set_num_threads(threads)
         self._store = PolicyStore(self._load)
         self._episode: Episode | None = None
+        self._attendance: Attendance | None = None
         self._done: Future[None] | None = None
         """Of the goal that was accepted; None: the next one may be."""
         self._problem = ""
@@ -96,8 +97,7 @@ class PolicyNode(LifecycleNode):
         self._guard_time = -math.inf
         self._looked: dict[str, int] = {}
         """Stamps of the last look by source, until a command is sent that comes from it."""
-        self._buffer = listen(self)
-        self._attendance = Attendance(self)
+        self._buffer = listen(self, self._frame)
 
         self._commands = self.create_publisher(PolicyCommand, "policy_command", common.POLICY_QOS)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
@@ -214,6 +214,7 @@ class PolicyNode(LifecycleNode):
                 policy.warm_up()
                 inference = policy.warm_up() / 2  # acts twice, now that it is warm
                 self._costs[policy.hash] = time.monotonic() - began, inference * 1e3
+                listen_as_asked(self, self._buffer, policy.config)
         except UserError:
             raise
         except Exception as error:  # out of memory, a damaged tokenizer: the node must live on
@@ -277,7 +278,9 @@ class PolicyNode(LifecycleNode):
         except UserError as error:
             result.termination_reason, result.message = execution.POLICY_ERROR, str(error)
         finally:
-            self._episode = self._done = None
+            if self._attendance is not None:
+                self._attendance.close()
+            self._episode = self._attendance = self._done = None
             well = (execution.FINISHED, execution.TIMEOUT, execution.OPERATOR_STOP)
             ended = f"{result.episode_id or 'the last goal'}: {result.termination_reason}"
             ended += "" if self._blind else f" {result.message}"
@@ -296,10 +299,11 @@ class PolicyNode(LifecycleNode):
 
     async def _carry_out(self, handle: Any, result: RunEpisode.Result) -> None:
         """Run the episode, and its recording around it; raises UserError before it begins."""
-        began = time.monotonic()
+        began, goal = time.monotonic(), handle.request
+        client = self._attendance = Attendance(self, goal.attended_on)
         if not await common.until(self, lambda: self._guard_time > began, GUARD_DISCOVERY):
             raise UserError("no command guard is heard; start command_guard_node")
-        episode = self._prepare(handle.request)
+        episode = self._prepare(goal)
         result.episode_id = episode.episode_id
         # From here on whatever ends an episode ends this one, though the recorder be slow.
         self._episode = episode
@@ -307,14 +311,18 @@ class PolicyNode(LifecycleNode):
             episode.end(execution.OPERATOR_STOP, "the goal was cancelled")
         elif not self._is_active():
             episode.end(execution.NODE_DEACTIVATED)
-        if handle.request.record:
+        patience = attendance.DISCOVERY_TIME
+        if not await common.until(self, lambda: client.come or episode.ended, patience):
+            silent = f"nothing has come on {goal.attended_on} within {patience:g} s"
+            episode.end(execution.CLIENT_LOST, silent)
+        if goal.record:
             result.bag_uri = await self._record(episode)
         try:
             await self._act(episode, handle)
         finally:
             self._tell(episode, result)
             if result.bag_uri:
-                problem = await self._recorder.stop(result.termination_reason)
+                problem = await self._recorder.stop(episode.episode_id, result.termination_reason)
                 if problem:
                     messages = filter(None, [result.message, f"recording: {problem}"])
                     result.message = "; ".join(messages)
@@ -356,7 +364,7 @@ class PolicyNode(LifecycleNode):
         def tick() -> None:
             episode.tick()
             self._watch_guard()
-            if self._attendance.lost(episode.episode_id):
+            if self._attendance is not None and self._attendance.lost:
                 self.end_episode(execution.CLIENT_LOST, "the process that ran it is gone")
             self._publish_status()
             statistics = episode.statistics

@@ -10,9 +10,11 @@ from rclpy.client import Client
 from rclpy.node import Node
 from rlrc.msg import RecorderStatus
 from rlrc.srv import StartRecording, StopRecording
+from std_msgs.msg import String
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.nodes import common
+from rlrc_ros.nodes.attendance import attending
 
 PATIENCE = 10.0
 """s for the recorder to answer; less where it has not been heard of for a while."""
@@ -39,6 +41,7 @@ class RecorderClient:
         self._node, self._on_lost = node, on_lost
         self._start: Client[Any, Any] = node.create_client(StartRecording, "recorder/start")
         self._stop: Client[Any, Any] = node.create_client(StopRecording, "recorder/stop")
+        self._attended = attending(node, "recorder")
         self._episode_id = ""
         """Of the recording that goes on; empty where none does."""
         self._heard = 0.0
@@ -68,17 +71,21 @@ class RecorderClient:
             UserError: the recorder is missing, silent or refuses.
         """
         self._patience = PATIENCE
+        self._attended.publish(String(data=request.episode_id))
+        request.attended_on = self._attended.topic_name
         response = await self._ask(self._start, request, ASKING_AGAIN)
         if not response.success:
             raise UserError(f"the recorder: {response.message}")
         self._episode_id, self._heard = request.episode_id, time.monotonic()
         return response.uri
 
-    async def stop(self, termination_reason: str) -> str:
-        """Finish the bag; what went wrong, empty where nothing did."""
+    async def stop(self, episode_id: str, termination_reason: str) -> str:
+        """Finish that episode's bag; what went wrong, empty where nothing did."""
         self._episode_id = ""
         try:
-            request = StopRecording.Request(termination_reason=termination_reason)
+            request = StopRecording.Request(
+                episode_id=episode_id, termination_reason=termination_reason
+            )
             response = await self._ask(self._stop, request)
         except UserError as error:
             return str(error)

@@ -25,6 +25,7 @@ from rlrc.srv import LabelEpisode, StartRecording, StopRecording
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.nodes import common
+from rlrc_ros.nodes.attendance import Attendance
 from rlrc_ros.nodes.recorder_topics import Topics
 from rlrc_ros.profile import RobotProfile, load_profile
 from rlrc_ros.rollouts import episode as episodes
@@ -37,6 +38,12 @@ MATCHING_TIME = 2.0
 """How long `~/start` waits at most until every publisher has been matched, in s."""
 LITTLE_ROOM = 1 << 30
 """Bytes left on the disk below which diagnostics warn."""
+LOOK_PERIOD = 0.5
+"""s, at which the recorder looks after a recording."""
+FORSAKEN_LOOKS = 10
+"""So many looks in a row without a sign of life of who asked for it end a recording. Not one: who
+was frozen may thaw, and if the recorder itself was, the other is found anew and may have more to
+say."""
 IDLE, RECORDING, FAILED = "idle", "recording", "failed"
 _NOT_RECORDED = ("/rosout", "/parameter_events")
 
@@ -75,6 +82,10 @@ class RecorderNode(Node):
         """Empty: every topic."""
         self._preroll = preroll
         self._recording: Recording | None = None
+        self._client: Attendance | None = None
+        """Whoever asked for it."""
+        self._forsaken = 0
+        """Looks since that client was there."""
         self._topics = Topics(self, self._is_wanted, Preroll(preroll) if preroll else None)
         self._failure = ""
         """Of the last recording; empty where it went well."""
@@ -84,7 +95,7 @@ class RecorderNode(Node):
         self.create_service(LabelEpisode, "~/label", self._on_label)
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._status_publisher = self.create_publisher(RecorderStatus, "~/status", 10)
-        self.create_timer(0.5, self._look_after_recording, clock=common.STEADY_CLOCK)
+        self.create_timer(LOOK_PERIOD, self._look_after_recording, clock=common.STEADY_CLOCK)
         self.create_timer(1.0, self._report, clock=common.STEADY_CLOCK)
         self.get_logger().info(f"bags go to {self._output_dir}")
 
@@ -120,7 +131,13 @@ class RecorderNode(Node):
             preroll=self._preroll,
             robot_profile=self._robot,
         )
-        self._recording = Recording(self._output_dir, episode)
+        client = Attendance(self, request.attended_on)
+        try:
+            self._recording = Recording(self._output_dir, episode)
+        except UserError:
+            client.close()
+            raise
+        self._client, self._forsaken = client, 0
         self._failure = ""
         self._topics.begin(self._recording)
         deadline = time.monotonic() + MATCHING_TIME
@@ -132,9 +149,10 @@ class RecorderNode(Node):
     def _on_stop(
         self, request: StopRecording.Request, response: StopRecording.Response
     ) -> StopRecording.Response:
-        recording = self._recording
-        if recording is None:
-            response.success, response.message = False, "nothing is being recorded"
+        recording, wanted = self._recording, request.episode_id
+        if recording is None or wanted not in ("", recording.uri.name):
+            missing = f"{wanted} is not" if wanted else "nothing is"
+            response.success, response.message = False, f"{missing} being recorded"
             return response
         response.messages = self._close(recording, request.termination_reason)
         response.success = not recording.failure
@@ -171,6 +189,9 @@ class RecorderNode(Node):
         self._topics.end()
         messages = recording.close(termination_reason)
         self._recording = None
+        if self._client is not None:
+            self._client.close()
+            self._client = None
         self._failure = recording.failure
         for line in filter(None, (recording.failure, _drops(recording))):
             self.get_logger().error(line)
@@ -180,7 +201,12 @@ class RecorderNode(Node):
 
     def _look_after_recording(self) -> None:
         recording = self._recording
-        if recording is None or not recording.failure:
+        present = self._client is None or self._client.present
+        self._forsaken = 0 if present else self._forsaken + 1
+        if recording is not None and self._forsaken > FORSAKEN_LOOKS:
+            self.get_logger().error(f"who asked for {recording.uri.name} is gone")
+            self._close(recording, "client_lost")
+        elif recording is None or not recording.failure:
             self._topics.discover()
         elif not self._failure:
             self._failure = recording.failure

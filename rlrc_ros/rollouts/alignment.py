@@ -24,9 +24,9 @@ from rosbags.interfaces import Connection
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.command import command_arrays, observed_stamps, twist_to_action
-from rlrc_ros.messages.observation import MAX_SKEW, Gripper, ObservationBuffer
+from rlrc_ros.messages.observation import Gripper, ObservationBuffer
 from rlrc_ros.messages.stamps import to_nanoseconds
-from rlrc_ros.profile import CameraSource, JointSource, RobotProfile
+from rlrc_ros.profile import RobotProfile
 from rlrc_ros.rollouts.bag import open_bag
 from rlrc_ros.rollouts.episode import Episode, read_episode
 from rlrc_ros.vla.config import BundleConfig
@@ -64,23 +64,23 @@ class Contract:
         Raises:
             UserError: the robot lacks a camera that the policy looks through.
         """
-        cameras = {name: camera.topic for name, camera in self.profile.cameras.items()}
         self.buffer().check(self.config)
-        topics = {camera.name: cameras[camera.name] for camera in self.config.cameras}
-        if self.config.proprioception is not None:
-            topics[ObservationBuffer.JOINT_STATES] = self.profile.joint_states.topic
-        return topics
+        topics = self._all_topics()
+        return {source: topics[source] for source in ObservationBuffer.sources(self.config)}
 
     def buffer(self) -> ObservationBuffer:
         """An empty one, with the limits of the live node."""
-        joints = self.profile.joint_states
-        sources: dict[str, CameraSource | JointSource] = {**self.profile.cameras}
-        sources[ObservationBuffer.JOINT_STATES] = joints
-        return ObservationBuffer(
-            {name: source.max_age for name, source in sources.items()},
-            {name: source.topic for name, source in sources.items()},
-            MAX_SKEW,
-        )
+        profile = self.profile
+        max_age = {name: camera.max_age for name, camera in profile.cameras.items()}
+        max_age[ObservationBuffer.JOINT_STATES] = profile.joint_states.max_age
+        max_age[ObservationBuffer.EE_POSE] = profile.ee_pose_max_age
+        return ObservationBuffer(max_age, self._all_topics(), profile.max_skew, profile.base_frame)
+
+    def _all_topics(self) -> dict[str, str]:
+        profile = self.profile
+        topics = {name: camera.topic for name, camera in profile.cameras.items()}
+        topics[ObservationBuffer.JOINT_STATES] = profile.joint_states.topic
+        return topics | {ObservationBuffer.EE_POSE: profile.ee_pose}
 
 
 class Step(NamedTuple):

@@ -159,8 +159,8 @@ class LeRobotWriter:
             shape = list(shapes.pop())
             features[f"observation.images.{camera.name}"] = _feature("image", shape, names)
         if (contract := config.proprioception) is not None:
-            joints = [*contract.joints, *(["gripper"] if contract.gripper else [])]
-            features["observation.state"] = _feature("float32", [len(joints)], joints)
+            names = contract.names
+            features["observation.state"] = _feature("float32", [len(names)], names)
         features["action"] = _feature("float32", [len(ACTION_NAMES)], list(ACTION_NAMES))
         features["timestamp"] = _feature("float32", [1], None)
         return features | {name: _feature("int64", [1], None) for name in _COUNTERS}

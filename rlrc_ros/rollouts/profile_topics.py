@@ -8,7 +8,7 @@ from rlrc_ros.profile import CameraSource, RobotProfile
 
 OWN_TOPICS = (
     *("policy_command", "policy/status", "command_guard/status", "emergency_stop"),
-    *("/diagnostics", "/tf", "/tf_static", "/robot_description"),
+    *("/diagnostics", "/tf", "/tf_static", "/robot_description", "/clock"),
 )
 """Recorded with those of the profile where somebody publishes them."""
 

@@ -20,10 +20,12 @@ from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.stamps import to_nanoseconds
-from rlrc_ros.nodes.common import ATTENDED_QOS
+from rlrc_ros.nodes.attendance import attending
 
 ANSWER_TIME = 30.0
 """s for a service to answer."""
+FAREWELL_TIME = 5.0
+"""s that leaving an episode may wait for the policy node to say that it has stopped the arm."""
 CLOCK_TOLERANCE = 0.5
 """s by which the clocks of two machines may differ."""
 STATUS_DEPTH = 10
@@ -66,7 +68,7 @@ class RobotClient:
         self._run: ActionClient[Any, Any, Any] = ActionClient(
             self._node, RunEpisode, "policy/run_episode"
         )
-        self._attended = self._node.create_publisher(String, "policy/attended", ATTENDED_QOS)
+        self._attended = attending(self._node, "policy")
         # All at once: a service may not know yet where to answer a client that has just appeared.
         self._clients: dict[str, Client[Any, Any]] = {
             name: self._node.create_client(kind, name)
@@ -186,7 +188,8 @@ class RobotClient:
     ) -> EpisodeOutcome:
         """Run one episode; on the simulated arm it is finished as soon as the task is done.
 
-        It ends with this process, however that ends.
+        It ends with this process, however that ends. An exception, Ctrl-C among them, stops the arm
+        first.
 
         Args:
             instruction: what the policy is told.
@@ -209,14 +212,16 @@ class RobotClient:
             episode_id=episode_id,
             max_duration=max_duration,
             record=record,
+            attended_on=self._attended.topic_name,
         )
-        handle = self._wait(self._run.send_goal_async(goal), ANSWER_TIME, "policy/run_episode")
-        if not handle.accepted:
-            raise UserError("the policy node refuses the episode; its log says why")
-        result = handle.get_result_async()
-        success = None if self._task is None else False
-        stopped = finished = False
+        sent = self._run.send_goal_async(goal)
         try:
+            handle = self._wait(sent, ANSWER_TIME, "policy/run_episode")
+            if not handle.accepted:
+                raise UserError("the policy node refuses the episode; its log says why")
+            result = handle.get_result_async()
+            success = None if self._task is None else False
+            stopped = finished = False
             while not self._until(result.done, 0.02):
                 if time.monotonic() - began > max_duration + ANSWER_TIME:
                     raise UserError(
@@ -231,10 +236,16 @@ class RobotClient:
                     # Refused while the episode is not there yet: asked again then.
                     finished = self._call("policy/finish_episode").success
         except BaseException:  # Ctrl-C too: nobody watches the arm from here on
-            handle.cancel_goal_async()
+            self._cancel(sent)
             raise
         duration = time.monotonic() - began
         return EpisodeOutcome(result.result().result, success, duration, _rise(before, self._guard))
+
+    def _cancel(self, sent: Any) -> None:
+        """Have the policy node stop the arm; on a busy machine a mere request may not get out."""
+        if self._until(sent.done, FAREWELL_TIME, watch=False) and sent.result().accepted:
+            cancelled = sent.result().cancel_goal_async()
+            self._until(cancelled.done, FAREWELL_TIME, watch=False)
 
     def _on_task(self, message: TaskState) -> None:
         self._task = message
@@ -258,11 +269,15 @@ class RobotClient:
             raise UserError(f"{name} did not answer within {timeout:g} s")
         return future.result()
 
-    def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Serve callbacks until the condition holds; whether it came to hold in time."""
+    def _until(self, condition: Callable[[], bool], timeout: float, watch: bool = True) -> bool:
+        """Serve callbacks until the condition holds; whether it came to hold in time.
+
+        watch: raise when a node has died meanwhile.
+        """
         deadline = time.monotonic() + timeout
         while not (held := condition()) and (left := deadline - time.monotonic()) > 0:
-            self._alive()
+            if watch:
+                self._alive()
             self._executor.spin_once(timeout_sec=min(left, 0.02))
         return held
 

@@ -257,9 +257,17 @@ class CameraConfig:
         _refuse_below(1, f"camera '{self.name}'", height=self.height, width=self.width)
 
 
+EE_POSE_NAMES = ("ee_x", "ee_y", "ee_z", "ee_rx", "ee_ry", "ee_rz")
+"""What an end effector's pose is to a policy: position in m, rotation vector in rad."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProprioceptionConfig:
-    """Joint positions (rad), then the gripper's opening (0 closed to 1 open) if `gripper`."""
+    """What a policy feels: the values of `names`, in this order.
+
+    The end effector's pose if `ee_pose`, positions of joints (rad or m), and the gripper's opening
+    (0 closed to 1 open) if `gripper`.
+    """
 
     joints: tuple[str, ...]
     gripper: bool
@@ -267,11 +275,35 @@ class ProprioceptionConfig:
     std: tuple[float, ...]
     limit: float | None = None
     """Normalised values beyond ± this are clipped to it; None: they are not."""
+    ee_pose: bool = False
+    """Position (m) and rotation vector (rad) of the robot profile's `ee_pose`, in its base frame.
+
+    Of the two rotation vectors of an orientation the one nearer to `mean`
+    (`rlrc_ros.messages.ee_pose`)."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of all values."""
+        pose = EE_POSE_NAMES if self.ee_pose else ()
+        return [*pose, *self.joints, *(["gripper"] if self.gripper else [])]
+
+    @property
+    def takes_joint_states(self) -> bool:
+        """Whether any value comes from joint states, the gripper's opening among them."""
+        return bool(self.joints) or self.gripper
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` holds it: without what older versions do not know, unless it is used."""
+        values = asdict(self)
+        if not self.ee_pose:
+            del values["ee_pose"]
+        return values
 
     def __post_init__(self) -> None:
-        if not len(self.mean) == len(self.std) == len(self.joints) + self.gripper:
+        if not len(self.mean) == len(self.std) == len(self.names):
             raise UserError(
-                "proprioception: mean and std need one value a joint, and one for the gripper"
+                "proprioception: mean and std need one value a joint, one for the gripper, and six "
+                "for the end effector's pose"
             )
         if min(self.std, default=1.0) <= 0:
             raise UserError("proprioception: std must be positive")
@@ -361,4 +393,7 @@ class BundleConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` holds it."""
-        return asdict(self)
+        values = asdict(self)
+        if self.proprioception is not None:
+            values["proprioception"] = self.proprioception.to_dict()
+        return values

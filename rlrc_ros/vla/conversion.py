@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla.bundle import SUMS, Bundle, open_bundle, provenance, write_bundle
-from rlrc_ros.vla.config import BundleConfig
+from rlrc_ros.vla.config import EE_POSE_NAMES, BundleConfig
 from rlrc_ros.vla.policy import empty_model
 
 
@@ -19,6 +19,7 @@ def convert(
     unnorm_key: str | None = None,
     cameras: Sequence[str] = (),
     joints: Sequence[str] = (),
+    ee_pose: bool = False,
     control_rate: float | None = None,
     chunk: int | None = None,
     center_crop: float = 1.0,
@@ -33,6 +34,7 @@ def convert(
         cameras: names of the cameras that the policy looks through, in order; OpenVLA-OFT and pi0
             take as many images as there are names.
         joints: names of the values of its proprioception, in order.
+        ee_pose: six values before them are the end effector's pose.
         control_rate: Hz, of the data that it was trained on.
         chunk: actions in a chunk of OpenVLA-OFT.
         center_crop: share of an image's area to look at; 0.9 where upstream trained with
@@ -48,7 +50,7 @@ def convert(
     source.require_action_scale()
     if not source.has_tokenizer:
         raise UserError(f"{source.path}: has no tokenizer.json; copy it from the checkpoint")
-    config = _contract(source.config, str(source.path), cameras, joints, chunk)
+    config = _contract(source.config, str(source.path), cameras, joints, ee_pose, chunk)
     config = replace(config, center_crop=center_crop)
     if control_rate is not None:
         config = replace(config, control_rate=control_rate)
@@ -63,6 +65,7 @@ def _contract(
     where: str,
     cameras: Sequence[str],
     joints: Sequence[str],
+    ee_pose: bool,
     chunk: int | None,
 ) -> BundleConfig:
     architecture, head = config.architecture, config.architecture.action_head
@@ -78,14 +81,16 @@ def _contract(
             architecture=architecture,
             cameras=tuple(replace(like, name=name) for name in cameras),
         )
-    if joints:
+    if joints or ee_pose:
         contract = config.proprioception
         takes = len(contract.mean) if contract else 0
-        if contract is None or len(joints) != takes:
+        named = len(joints) + len(EE_POSE_NAMES) * ee_pose
+        if contract is None or named != takes:
             raise UserError(
-                f"{where}: the policy takes {takes} proprioception values, {len(joints)} are named"
+                f"{where}: the policy takes {takes} proprioception values, {named} are named"
             )
-        config = replace(config, proprioception=replace(contract, joints=tuple(joints)))
+        contract = replace(contract, joints=tuple(joints), ee_pose=ee_pose)
+        config = replace(config, proprioception=contract)
     if chunk is not None:
         if head is None:
             raise UserError(f"{where}: gives no chunks to choose the length of")

@@ -37,6 +37,6 @@ def inspect(policy: str | Path) -> dict[str, Any]:
         "control_rate": config.control_rate,
         "chunk": chunked.chunk if chunked else 1,
         "cameras": [asdict(camera) for camera in config.cameras],
-        "proprioception": asdict(config.proprioception) if config.proprioception else None,
+        "proprioception": config.proprioception.to_dict() if config.proprioception else None,
         "provenance": bundle.provenance,
     }

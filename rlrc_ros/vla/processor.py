@@ -27,8 +27,8 @@ class Observation:
 
     Attributes:
         images: (H, W, 3) uint8 RGB by camera name, as the bundle's `cameras` name them.
-        proprioception: joint positions in rad in the bundle's order, then gripper opening in [0,
-            1]; None where the bundle takes none.
+        proprioception: (P,) as the bundle's `ProprioceptionConfig` names them; None where it takes
+            none.
         instruction: what to do, in plain words.
     """
 
@@ -202,11 +202,10 @@ class Processor:
         values = observation.proprioception
         expected = len(contract.mean)
         if values is None or values.shape != (expected,):
+            names = ", ".join(contract.names)
             found = "none" if values is None else f"shape {values.shape}"
-            names = [*contract.joints, *(["gripper"] if contract.gripper else [])]
             raise UserError(
-                f"the policy takes {expected} proprioception values ({', '.join(names)}), got "
-                f"{found}"
+                f"the policy takes {expected} proprioception values ({names}), got {found}"
             )
         if not np.isfinite(values).all():
             raise UserError("the proprioception has a value that is not finite")

@@ -9,7 +9,7 @@ import pytest
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.observation import Gripper, ObservationBuffer
 from rlrc_ros.vla.config import CameraConfig
-from tests.conftest import bundle_config
+from tests.conftest import bundle_config, posed_config
 
 SECOND = 10**9
 NOW = 1_700_000_000 * SECOND
@@ -33,12 +33,27 @@ def joints(age=0.0, positions=(0.0,) * 7 + (0.02,), names=NAMES):
     return stamped(age, name=list(names), position=list(positions))
 
 
-def buffer(front=None, state=None):
-    """A buffer with one camera; images may be 0.2 s old, joints 0.1 s, and 0.15 s apart."""
-    made = ObservationBuffer(
-        {"front": 0.2, "joint_states": 0.1}, {"front": "/image", "joint_states": "/joints"}, 0.15
+def pose(age=0.0, frame="base", place=(0.4, 0.0, 0.3), quaternion=(1.0, 0.0, 0.0, 0.0)):
+    message = stamped(
+        age,
+        pose=SimpleNamespace(
+            position=SimpleNamespace(**dict(zip("xyz", place, strict=True))),
+            orientation=SimpleNamespace(**dict(zip("xyzw", quaternion, strict=True))),
+        ),
     )
-    for source, message in (("front", front), ("joint_states", state)):
+    message.header.frame_id = frame
+    return message
+
+
+def buffer(front=None, state=None, ee_pose=None):
+    """A buffer with one camera; images may be 0.2 s old, the rest 0.1 s, and 0.15 s apart."""
+    made = ObservationBuffer(
+        {"front": 0.2, "joint_states": 0.1, "ee_pose": 0.1},
+        {"front": "/image", "joint_states": "/joints", "ee_pose": "/pose"},
+        0.15,
+        "base",
+    )
+    for source, message in (("front", front), ("joint_states", state), ("ee_pose", ee_pose)):
         if message is not None:
             made.add(source, message)
     return made
@@ -113,6 +128,42 @@ def test_a_policy_without_proprioception_needs_no_joints():
     config = bundle_config(proprioception=None, architecture=blind)
     observation = buffer(image()).snapshot(config, NOW).decode(config, GRIPPER, "go")
     assert observation.proprioception is None
+
+
+def test_the_end_effectors_pose_comes_before_joints_and_gripper():
+    config = posed_config(joints=2)
+    made = buffer(image(), joints(positions=(0.1, 0.2, *[0.0] * 5, 0.04)), pose(0.02))
+    snapshot = made.snapshot(config, NOW)
+    assert snapshot.stamps["ee_pose"] == snapshot.oldest_ns == NOW - 20_000_000
+    seen = snapshot.decode(config, GRIPPER, "go").proprioception
+    np.testing.assert_allclose(seen, [0.4, 0.0, 0.3, np.pi, 0.0, 0.0, 0.1, 0.2, 1.0])
+
+
+def test_a_policy_that_takes_the_pose_alone_needs_no_joints():
+    config = posed_config(joints=0)
+    contract = dataclasses.replace(
+        config.proprioception, gripper=False, mean=(0.0,) * 6, std=(1.0,) * 6
+    )
+    architecture = dataclasses.replace(config.architecture, proprioception=6)
+    config = dataclasses.replace(config, architecture=architecture, proprioception=contract)
+    snapshot = buffer(image(), None, pose()).snapshot(config, NOW)
+    assert snapshot.decode(config, GRIPPER, "go").proprioception.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("ee_pose", "words"),
+    [
+        (None, "nothing has come on /pose ('ee_pose')"),
+        (pose(0.12), "/pose ('ee_pose') is 0.12 s old, 0.1 s are allowed"),
+        (pose(-0.2), "/pose ('ee_pose') is stamped 0.20 s in the future"),
+        (pose(frame="world"), "/pose ('ee_pose'): it is in frame 'world', base_frame is 'base'"),
+        (pose(place=(0.0, np.inf, 0.0)), "/pose ('ee_pose'): it is not finite, or its orientation"),
+    ],
+)
+def test_a_pose_that_will_not_do_makes_no_observation(ee_pose, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        buffer(image(), joints(), ee_pose).snapshot(posed_config(), NOW)
+    buffer(image(), joints(), ee_pose).snapshot(bundle_config(), NOW)  # who takes none minds none
 
 
 def test_a_message_older_than_the_latest_is_ignored_until_all_is_forgotten():

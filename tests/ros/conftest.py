@@ -25,7 +25,7 @@ else:
     from rlrc_ros.vla import quantization
     from rlrc_ros.vla.bundle import provenance, write_bundle
     from rlrc_ros.vla.processor import word_tokenizer
-    from tests.conftest import WORDS, bundle_config, random_model
+    from tests.conftest import WORDS, bundle_config, posed_config, random_model
     from tests.ros.policy_robot import Robot, numbers, parameters
 
 BIN = Path(sys.executable).parent
@@ -169,16 +169,21 @@ def bundles(tmp_path_factory):
     made = {}
     for seed, (label, ffn) in enumerate({"original": 64, "compressed": 32}.items()):
         config = bundle_config(layers=((2, 2, ffn),) * 2)
-        tensors = quantization.stored(random_model(config, seed))
-        origin = provenance(None, label)
-        made[label] = write_bundle(
-            directory / label,
-            config,
-            tensors,
-            word_tokenizer(WORDS + list(tasks.VOCABULARY)),
-            origin,
-        )
+        made[label] = random_bundle(directory / label, config, seed)
     return made
+
+
+@pytest.fixture(scope="session")
+def posed_bundle(tmp_path_factory):
+    """One that takes the end effector's pose beside the joints."""
+    config = posed_config(layers=((2, 2, 32),) * 2)
+    return random_bundle(tmp_path_factory.mktemp("bundles") / "posed", config)
+
+
+def random_bundle(path, config, seed=0):
+    tensors = quantization.stored(random_model(config, seed))
+    tokenizer = word_tokenizer(WORDS + list(tasks.VOCABULARY))
+    return write_bundle(path, config, tensors, tokenizer, provenance(None, path.name))
 
 
 class Tester:

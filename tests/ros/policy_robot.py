@@ -73,15 +73,11 @@ class Robot:
         positions = self.positions[: len(self.names)]
         self._joints.publish(joint_state(self.names, positions, [], self.stamp()))
 
-    def ask(self, instruction=INSTRUCTION, label="", seconds=20.0, record=False, episode_id=""):
+    def ask(self, instruction=INSTRUCTION, label="", seconds=20.0, **goal):
         """Ask for an episode: the goal handle's future."""
         self.feedback.clear()
         goal = RunEpisode.Goal(
-            instruction=instruction,
-            max_duration=seconds,
-            policy_label=label,
-            episode_id=episode_id,
-            record=record,
+            instruction=instruction, max_duration=seconds, policy_label=label, **goal
         )
         return self._action.send_goal_async(goal, lambda m: self.feedback.append(m.feedback))
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import rclpy
+from geometry_msgs.msg import PoseStamped
 from rclpy.action.client import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.serialization import deserialize_message
@@ -17,7 +18,7 @@ from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.nodes.common import SENSOR_QOS
-from rlrc_ros.nodes.sensors import listen
+from rlrc_ros.nodes.sensors import listen, listen_as_asked
 from rlrc_ros.profile import load_profile
 from rlrc_ros.rollouts.alignment import AlignedEpisode, Contract
 from rlrc_ros.rollouts.bag import open_bag, read_messages
@@ -25,23 +26,25 @@ from rlrc_ros.vla import load_policy
 from tests.ros.conftest import DISCOVERY_TIME, a_tester, starting
 
 INSTRUCTION = "put the red cube on the blue plate"
-CAMERA, JOINTS = "/camera/front/image_raw", "/joint_states"
+CAMERA, JOINTS, POSE = "/camera/front/image_raw", "/joint_states", "/ee_pose"
 
 
 @pytest.fixture(scope="module")
-def contract(bundles):
-    return Contract(bundles["original"].config, load_profile("sim"))
+def contract(posed_bundle):
+    """Of a policy that takes all that there is."""
+    return Contract(posed_bundle.config, load_profile("sim"))
 
 
 @pytest.fixture(scope="module")
-def bag(ros_environment, bundles, contract, tmp_path_factory):
+def bag(ros_environment, posed_bundle, contract, tmp_path_factory):
     """The bag of an episode that real nodes have run and recorded."""
     directory = tmp_path_factory.mktemp("live")
-    policies = {"A": str(bundles["original"].path)}
+    policies = {"A": str(posed_bundle.path)}
     specs = bringup.nodes(contract.profile, output_dir=str(directory / "bags"), policies=policies)
     for spec in specs:  # a busy machine may be late; what is late here is recorded as late
         if spec.executable == "policy_node":
-            spec.parameters |= {"cameras": [f"front={CAMERA},raw,0.5"], "joint_states_max_age": 0.5}
+            ages = dict.fromkeys(("joint_states_max_age", "ee_pose_max_age"), 0.5)
+            spec.parameters |= {"cameras": [f"front={CAMERA},raw,0.5"], **ages}
     with starting(ros_environment, directory) as start, a_tester() as ros:
         for spec in specs:
             start(spec.command())
@@ -65,12 +68,13 @@ def bag(ros_environment, bundles, contract, tmp_path_factory):
     return found
 
 
-def test_the_policy_answers_the_exported_observations_as_it_did_live(bag, contract, bundles):
+def test_the_policy_answers_the_exported_observations_as_it_did_live(bag, contract, posed_bundle):
     aligned = AlignedEpisode(bag, contract)
     steps = list(aligned.steps())
-    policy = load_policy(bundles["original"].path)
+    policy = load_policy(posed_bundle.path)
     commands = [m for _, m, _ in read_messages(bag, ["/policy_command"])][:-1]
-    assert all(list(m.observed_sources) == ["front", "joint_states"] for m in commands)
+    sources = ["front", "joint_states", "ee_pose"]
+    assert all(list(m.observed_sources) == sources for m in commands)
     assert len(steps) == len(commands) - aligned.lost.total() and len(steps) >= 5
     if aligned.lost:
         pytest.skip("the recorder's own subscription missed an image that the policy saw")
@@ -98,15 +102,16 @@ def test_a_bag_replayed_through_the_live_nodes_subscriptions_gives_the_same_bits
     context = rclpy.Context()
     rclpy.init(context=context, signal_handler_options=rclpy.SignalHandlerOptions.NO)
     cameras = rclpy.Parameter("cameras", value=[f"front={CAMERA},raw,3.0"])
-    limits = [rclpy.Parameter("joint_states_max_age", value=2.0)]
+    limits = [rclpy.Parameter(f"{name}_max_age", value=2.0) for name in ("joint_states", "ee_pose")]
     node = rclpy.create_node(
         "replayed", context=context, parameter_overrides=[cameras, *limits],
         automatically_declare_parameters_from_overrides=False,
     )  # fmt: skip
-    buffer = listen(node)
+    buffer = listen(node, contract.profile.base_frame)
+    listen_as_asked(node, buffer, contract.config)
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
-    kinds = {CAMERA: Image, JOINTS: JointState}
+    kinds = {CAMERA: Image, JOINTS: JointState, POSE: PoseStamped}
     with open_bag(bag) as reader:
         recorded = [
             (c.topic, deserialize_message(bytes(data), kinds[c.topic]))
@@ -120,7 +125,8 @@ def test_a_bag_replayed_through_the_live_nodes_subscriptions_gives_the_same_bits
                 topic: ros.publisher(kind, topic, SENSOR_QOS) for topic, kind in kinds.items()
             }
             for step in AlignedEpisode(bag, contract).steps():
-                for source, topic in (("front", CAMERA), ("joint_states", JOINTS)):
+                for source, topic in contract.topics().items():
+                    topic = "/" + topic.lstrip("/")
                     publishers[topic].publish(by_stamp[topic, step.stamps[source]])
                 live = arrived(executor, buffer, contract.config, step.stamps)
                 seen = live.decode(contract.config, contract.gripper, INSTRUCTION)

@@ -332,6 +332,7 @@ def test_equal_gripper_positions_are_refused_in_one_line(start, bundles):
         ("cameras", ["front="], "parameter cameras: 'front=' is not name=topic"),
         ("cameras", ["=image"], "parameter cameras: '=image' is not"),
         ("cameras", ["joint_states=image"], "parameter cameras: 'joint_states=image' is not"),
+        ("cameras", ["ee_pose=image"], "parameter cameras: 'ee_pose=image' is not"),
         ("cameras", ["front=an image"], "parameter cameras: 'front=an image' is not"),
         ("max_skew", math.nan, "parameter max_skew (s between the parts of an observation) must"),
         ("joint_states_max_age", 0.0, "joint_states_max_age (oldest joint state that will do, s)"),
@@ -341,7 +342,7 @@ def test_a_sensor_parameter_that_makes_no_sense_is_refused(ros, name, value, wor
     override = rclpy.Parameter(name, value=value)
     node = rclpy.create_node("policy", context=ros.context, parameter_overrides=[override])
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        listen(node)
+        listen(node, "base")
     node.destroy_node()
     assert "\n" not in str(error.value)
 

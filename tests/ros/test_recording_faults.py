@@ -194,15 +194,62 @@ def test_an_episode_ends_when_its_recorder_dies(stack):
     assert "recorder/start did not answer" not in stack.processes["policy_node"].output
 
 
-def test_arm_and_recorder_may_die_together(ros, start, bundles, tmp_path):
-    stack = Stack(ros, start, bundles["original"], tmp_path)
-    result = stack.begin("both")
-    for name in ("sim_arm_node", "recorder_node"):
-        stack.processes[name].send(signal.SIGKILL)
-    assert stack.stopped()
-    reason = stack.result(result).termination_reason
-    assert reason in ("observation_lost", "recording_lost", "guard_stop")
-    assert verify(repair(stack.bags / "both.partial").uri).ok
+ARM, GUARD, RECORDER, POLICY = (
+    *("sim_arm_node", "command_guard_node"),
+    *("recorder_node", "policy_node"),
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "names"),
+    [
+        (signal.SIGKILL, (POLICY, RECORDER)),
+        (signal.SIGKILL, (POLICY, ARM)),
+        (signal.SIGKILL, (GUARD, RECORDER)),
+        (signal.SIGKILL, (GUARD, ARM)),
+        (signal.SIGKILL, (ARM, RECORDER)),
+        (signal.SIGSTOP, (POLICY, RECORDER)),
+        (signal.SIGSTOP, (POLICY, ARM)),
+        (signal.SIGSTOP, (GUARD, ARM)),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else "+".join(value),
+)
+def test_two_nodes_that_fail_at_once_leave_a_stop_a_reason_and_a_bag(stack, number, names):
+    """Policy and guard together: `test_faults.py`."""
+    episode_id = f"{number.name}_{'_'.join(names)}"
+    result = stack.begin(episode_id, 60.0)
+    killed = number == signal.SIGKILL
+    for name in names:
+        stack.send(name, number)
+    if GUARD in names:  # nobody commands the arm, and the controller's timeout stops it
+        stack.ros.spin(0.2)
+        stack.twists.clear()
+    else:
+        assert stack.ros.until(lambda: not twist_array(stack.twists[-1][1].twist).any())
+    if POLICY not in names:
+        stack.result(result)
+    elif not killed:
+        stack.ros.spin(1.5)
+    for name in names if not killed else ():
+        stack.send(name, signal.SIGCONT)
+    if not killed or POLICY not in names:
+        reason = stack.result(result).termination_reason
+        assert reason in ("observation_lost", "recording_lost", "guard_stop", "policy_error")
+        assert stack.diagnosed("policy", f"{episode_id}: {reason}")
+    bag = stack.bags / episode_id
+    if killed and RECORDER in names:
+        assert stack.ros.until(bag.with_name(f"{episode_id}.partial").is_dir)
+        repair(f"{bag}.partial")
+    assert stack.ros.until(bag.is_dir), "the bag is not closed"
+    report = verify(bag)
+    assert report.ok and report.messages > 10
+    if killed and names == (POLICY, ARM):
+        assert report.episode.termination_reason == "client_lost"
+    stray = [message for _, message in stack.twists if twist_array(message.twist).any()]
+    # A process may be frozen while it is sending one, which goes out when it thaws.
+    assert GUARD not in names or len(stray) <= (not killed)
+    for name in names if killed else ():
+        stack.restart(name)
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ def profile(tmp_path, bundles):
         data = yaml.safe_load((CONFIG / "sim.yaml").read_text())
         data["cameras"]["front"] |= {"max_age": 2.0, "min_rate": 2.0}
         data["joint_states"] |= {"max_age": 2.0, "min_rate": 2.0}
+        data["ee_pose_max_age"] = 2.0
         data["policies"] = {"A": str(bundles["original"].path)}
         file = tmp_path / "robot.yaml"
         file.write_text(yaml.safe_dump(data | changes))
@@ -178,6 +179,7 @@ def test_slow_and_late_sources_are_told(ros, problems):
         "topic": "joint_states", "max_age": 1e-6, "gripper_joint": "finger_joint",
         "gripper_closed": 0.0, "gripper_open": 0.04, "min_rate": 2.0,
     }  # fmt: skip
-    found = problems(cameras=slow, joint_states=late)
+    found = problems(cameras=slow, joint_states=late, ee_pose_max_age=1e-6)
     assert found["cameras.front"].endswith("Hz; 200 are wanted")
-    assert "synchronise the clocks, or raise max_age" in found["joint_states"]
+    for part in ("joint_states", "ee_pose"):
+        assert "synchronise the clocks, or raise max_age" in found[part]

@@ -8,7 +8,7 @@ from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla import quantization
 from rlrc_ros.vla.bundle import provenance, write_bundle
 from rlrc_ros.vla.processor import word_tokenizer
-from tests.conftest import bundle_config, random_model, tower
+from tests.conftest import bundle_config, posed_config, random_model, tower
 from training.envs.tabletop import SeededTabletop, decode_text, encode_text
 from training.evaluate import EpisodeResult, Evaluation, compare, evaluate, summarise
 
@@ -48,6 +48,14 @@ def test_a_log_of_another_evaluation_is_not_continued(bundle, tmp_path):
     log.write_text(json.dumps({"policy": "another"}) + "\n")
     with pytest.raises(UserError, match="holds another evaluation"):
         evaluate(Evaluation(policy=bundle.path, episodes=1, seed=0), "cpu", log=log)
+
+
+def test_a_policy_that_takes_a_pose_is_not_fed_joints(make_bundle):
+    posed = posed_config(joints=1)  # as many values as the environment gives
+    fields = {"architecture": posed.architecture, "proprioception": posed.proprioception}
+    task = Evaluation(policy=make_bundle(**fields).path, episodes=1, seed=0)
+    with pytest.raises(UserError, match="takes the end effector's pose, and tabletop gives"):
+        evaluate(task, "cpu")
 
 
 def results(successes):

@@ -9,7 +9,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.vla import load_policy
 from rlrc_ros.vla.bundle import FILES, SUMS, open_bundle, provenance, sha256
 from rlrc_ros.vla.inspection import inspect
-from tests.conftest import bundle_config
+from tests.conftest import bundle_config, posed_config
 
 
 def seal(path):
@@ -91,6 +91,14 @@ def test_a_config_that_makes_no_sense(make_bundle, changes, message):
     with pytest.raises(UserError, match=message) as refusal:
         open_bundle(bundle.path)
     assert "config.json" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_bundle_without_the_end_effectors_pose_is_written_as_before_there_was_one(make_bundle):
+    written = json.loads((make_bundle().path / "config.json").read_text())["proprioception"]
+    assert sorted(written) == ["gripper", "joints", "limit", "mean", "std"]
+    changes = vars(posed_config(layers=((2, 2, 64),) * 3))
+    posed = make_bundle(**{key: changes[key] for key in ("architecture", "proprioception")})
+    assert open_bundle(posed.path).config.proprioception.names[5:8] == ["ee_rz", "joint1", "joint2"]
 
 
 def test_a_truncated_weights_file(make_bundle):

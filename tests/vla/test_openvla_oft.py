@@ -14,7 +14,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.vla import Observation, load_policy, quantization
 from rlrc_ros.vla.bundle import open_bundle, provenance, write_bundle
 from rlrc_ros.vla.chunk_engine import EagerChunkEngine, GraphChunkEngine
-from rlrc_ros.vla.config import QuantizationConfig
+from rlrc_ros.vla.config import EE_POSE_NAMES, QuantizationConfig
 from rlrc_ros.vla.conversion import convert
 from rlrc_ros.vla.inspection import inspect
 from rlrc_ros.vla.openvla import Inputs
@@ -120,6 +120,13 @@ def test_names_and_chunk_can_be_told(checkpoint, tmp_path):
     bundle = convert(checkpoint, tmp_path / "b", unnorm_key=KEY, joints=joints, chunk=3)
     assert bundle.config.proprioception.joints == tuple(joints)
     assert act(load_policy(bundle.path), 0, 2).shape == (3, 7)
+
+
+def test_liberos_state_is_the_end_effectors_pose_and_two_fingers(checkpoint, tmp_path):
+    fingers = ["panda_finger_joint1", "panda_finger_joint2"]
+    bundle = convert(checkpoint, tmp_path / "b", unnorm_key=KEY, joints=fingers, ee_pose=True)
+    assert open_bundle(bundle.path).config.proprioception.names == [*EE_POSE_NAMES, *fingers]
+    assert act(load_policy(bundle.path), 0, 2).shape == (8, 7)
 
 
 def test_prompts_of_any_length_and_padding_change_nothing(checkpoint):
@@ -317,6 +324,7 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, damage, message
         ({"unnorm_key": "libero"}, "norm_stats has no 'libero'; there are: libero_object"),
         ({}, "scales actions differently by data set"),
         ({"unnorm_key": KEY, "joints": ["a"]}, "takes 8 proprioception values, 1 are named"),
+        ({"unnorm_key": KEY, "ee_pose": True}, "takes 8 proprioception values, 6 are named"),
         ({"unnorm_key": KEY, "cameras": ["a", "a"]}, "a camera is named twice"),
     ],
 )
