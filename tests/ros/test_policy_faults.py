@@ -264,9 +264,11 @@ def test_simulated_time_that_jumps_is_survived_and_that_stands_still_ends_the_ep
     own_robot, start, bundles, tmp_path
 ):
     robot = own_robot(use_sim_time="true", joint_states_max_age=1.0, cameras="['front=image,,1.0']")
+    # Listed, for the shared robot's topics are there too.
+    topics = "['image','joint_states','policy_command','/clock']"
     recorder = start(
         "recorder_node",
-        {"output_dir": tmp_path / "bags", "use_sim_time": "true"},
+        {"output_dir": tmp_path / "bags", "use_sim_time": "true", "topics": topics},
         remappings={"__ns": robot.ros.node.get_namespace()},
     )
     clock = SimulatedClock(robot.ros)
