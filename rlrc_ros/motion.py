@@ -43,12 +43,18 @@ def angle_between(a: Vector, b: Vector) -> float:
     return math.atan2(math.hypot(*cross(a, b)), dot(a, b))
 
 
+def unit(vector: Vector) -> Vector:
+    """Along a vector that is not zero, of length 1; of next to nothing too."""
+    length = math.hypot(*vector)
+    return vector[0] / length, vector[1] / length, vector[2] / length
+
+
 def rotated(vector: Vector, turn: Vector) -> Vector:
     """The vector turned by a rotation vector in rad (Rodrigues' formula)."""
     angle = math.hypot(*turn)
     if angle == 0.0:
         return vector
-    axis = scaled(turn, 1.0 / angle)
+    axis = unit(turn)
     cosine, sine = math.cos(angle), math.sin(angle)
     along = scaled(axis, dot(axis, vector) * (1.0 - cosine))
     return added(added(scaled(vector, cosine), scaled(cross(axis, vector), sine)), along)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc_ros.motion import Vector, scaled
+from rlrc_ros.motion import Vector, scaled, unit
 
 
 def pose_problem(message: Any, base_frame: str) -> str:
@@ -34,7 +34,7 @@ def pose_vector(message: Any, near: Sequence[float]) -> NDArray[np.float64]:
     sine = math.hypot(q.x, q.y, q.z)
     turn: Vector = (0.0, 0.0, 0.0)
     if sine > 0.0:
-        axis = scaled((q.x, q.y, q.z), 1.0 / sine)
+        axis = unit((q.x, q.y, q.z))
         angle = 2.0 * math.atan2(sine, q.w)  # in [0, 2π]: of this sign of the quaternion
         both = scaled(axis, angle), scaled(axis, angle - 2.0 * math.pi)
         turn = min(both, key=lambda vector: math.dist(vector, near))

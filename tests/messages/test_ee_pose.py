@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlrc_ros.messages.ee_pose import pose_problem, pose_vector
@@ -24,6 +24,7 @@ def message(quaternion, place=(0.1, 0.2, 0.3), frame="base"):
 
 
 @given(quaternions, st.tuples(*[st.floats(-7.0, 7.0)] * 3))
+@example((0.0, 0.0, 2.2e-313, 1.0), (0.0, 0.0, 0.0))  # the reciprocal of which is infinite
 def test_a_rotation_vector_is_the_orientation_and_the_nearer_one(quaternion, near):
     length = math.hypot(*quaternion)
     unit = tuple(value / length for value in quaternion)

@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -69,8 +70,20 @@ def _free_domain(stack):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _used_domains.add(domain)
+            _forget_ports(domain)
             return domain
     pytest.fail("other test sessions hold every ROS domain")
+
+
+def _forget_ports(domain):
+    """Remove the shared memory of what was killed in this domain by an earlier test session.
+
+    DDS gives every domain 250 ports, from 7400 on.
+    """
+    first = 7400 + 250 * domain
+    for path in Path("/dev/shm").glob("*fast*_port*"):  # where Fast DDS puts it
+        if first <= int(re.search(r"_port(\d+)", path.name)[1]) < first + 250:
+            path.unlink(missing_ok=True)
 
 
 class Process:
