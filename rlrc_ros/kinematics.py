@@ -16,6 +16,7 @@ from rlrc_ros.motion import (
     scaled,
     turn_quaternion,
     turned,
+    unit,
 )
 
 
@@ -104,7 +105,7 @@ def _joint(element: ElementTree.Element) -> _Joint:
     )
     axis_element = element.find("axis")
     axis = _numbers("1 0 0" if axis_element is None else axis_element.attrib["xyz"])
-    if (length := math.hypot(*axis)) == 0.0:
+    if not any(axis):
         raise ValueError(f"joint {element.attrib['name']} has an axis without a direction")
     return _Joint(
         parent=element.find("parent").attrib["link"],  # type: ignore[union-attr]
@@ -112,7 +113,7 @@ def _joint(element: ElementTree.Element) -> _Joint:
         kind=element.attrib["type"],
         position=_numbers(place.get("xyz", "0 0 0")),
         orientation=orientation,
-        axis=scaled(axis, 1.0 / length),
+        axis=unit(axis),
         source=element.attrib["name"] if mimic is None else mimic.attrib["joint"],
         multiplier=1.0 if mimic is None else float(mimic.attrib.get("multiplier", "1")),
         offset=0.0 if mimic is None else float(mimic.attrib.get("offset", "0")),

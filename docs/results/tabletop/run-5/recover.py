@@ -202,7 +202,7 @@ class Ring(sft.DemonstrationBatches):
         for episode in episodes:
             text = episode["text"]
             if text not in self._instructions:
-                ids, mask = self._processor.batch_token_ids([text])
+                ids, mask = self.processor.batch_token_ids([text])
                 assert mask is None
                 self._ids[len(self._instructions)] = ids[0].to(self._device)
                 self._instructions[text] = len(self._instructions)
