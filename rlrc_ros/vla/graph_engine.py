@@ -177,7 +177,8 @@ class Slots:
     """Where an action's inputs are put, for one length of prompt."""
 
     images: Tensor
-    ids: Tensor
+    words: Tensor
+    """Embedded, (tokens, hidden)."""
     last: Tensor
     """Place of the prompt's last token in the sequence, (1,)."""
     proprioception: Tensor | None
@@ -205,12 +206,14 @@ class CapturedEngine:
         operations: ModuleType | None = None,
     ) -> None:
         llama = model.language_model.model
-        self._embedding = llama.embed_tokens.weight.detach()
-        self._device = self._embedding.device
+        self._norm, self._eps = llama.norm.weight.detach(), llama.norm.variance_epsilon
+        self._device = self._norm.device
+        # Some rows an action: they are looked up on the host, and a GPU has room for other things.
+        self._embedding = llama.embed_tokens.weight.detach().cpu()
+        llama.embed_tokens = nn.Identity()
         config = model.config
         self._ops = operations or operations_for(self._device, config.decoder.head_dim)
         model.language_model.lm_head = nn.Identity()
-        self._norm, self._eps = llama.norm.weight.detach(), llama.norm.variance_epsilon
         self._rotary = llama.rotary_emb
         self._layers: list[_Layer] = []
 
@@ -259,7 +262,7 @@ class CapturedEngine:
         return length + self._context + self._tokens
 
     def _text(self, length: int) -> int:
-        """How many of them are looked up, for a prompt of `length`."""
+        """How many of them are words, for a prompt of `length`."""
         return length
 
     def _allocate(self, length: int) -> None:
@@ -316,12 +319,12 @@ class CapturedEngine:
         return self._beyond(slots, length)
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of weights held in memory, by part."""
+        """Bytes of weights held in memory, by part; the embedding's are on the host."""
         parts = {}
         for name, part in self._model.parts.items():
             packed = sum(m.nbytes for m in part.modules() if isinstance(m, Linear))
             parts[name] = weight_bytes(part) + packed
-        parts["llm"] += sum(layer.nbytes for layer in self._layers)
+        parts["llm"] += self._embedding.nbytes + sum(layer.nbytes for layer in self._layers)
         return parts
 
     def _slots(self, length: int) -> Slots:
@@ -331,7 +334,7 @@ class CapturedEngine:
             proprioception = self._norm.new_zeros(1, width)
         return Slots(
             torch.zeros(self._images, dtype=torch.uint8, device=self._device),
-            torch.zeros(self._text(length), dtype=torch.long, device=self._device),
+            self._norm.new_zeros(self._text(length), self._embedding.shape[1]),
             torch.zeros(1, dtype=torch.long, device=self._device),
             proprioception,
         )
@@ -340,8 +343,8 @@ class CapturedEngine:
         ids = inputs.input_ids[0]
         images = inputs.pixel_values.reshape(slots.images.shape)
         slots.images.copy_(self._ready(images), non_blocking=True)
-        padded = F.pad(ids, (0, len(slots.ids) - len(ids)), value=self._padding_id)
-        slots.ids.copy_(self._ready(padded), non_blocking=True)
+        padded = F.pad(ids, (0, len(slots.words) - len(ids)), value=self._padding_id)
+        slots.words.copy_(self._ready(self._embedding[padded]), non_blocking=True)
         slots.last.fill_(len(ids) + self._context - 1)
         if slots.proprioception is not None:
             assert inputs.proprioception is not None
@@ -400,8 +403,8 @@ class CapturedEngine:
         return torch.cat([text[:1], *context, text[1:]])
 
     def _words(self, slots: Slots) -> Tensor:
-        """The embeddings of what is looked up, (tokens, hidden)."""
-        return self._embedding.index_select(0, slots.ids)
+        """What of the sequence is words, (tokens, hidden)."""
+        return slots.words
 
     def _see(self, scaled: list[Tensor]) -> Tensor:
         """All towers' features side by side, each tower in a stream of its own on a GPU."""
@@ -427,7 +430,7 @@ class GraphEngine(CapturedEngine):
         rows = model.language_model.lm_head.weight.detach()[first : first + model.n_bins].clone()
         self._head = Matrix(rows, (model.n_bins, rows.shape[1]))
         super().__init__(model, *arguments, **options)
-        self._action_rows = self._embedding[first : first + model.n_bins]
+        self._action_rows = self._embedding[first : first + model.n_bins].to(self._device)
 
     def bins(self, inputs: Inputs) -> Tensor:
         """Greedy action bins, (1, action_tokens), on the CPU.

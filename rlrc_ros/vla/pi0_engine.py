@@ -230,7 +230,8 @@ class _Slots:
 
     images: Tensor
     """(cameras, H, W, 3) uint8."""
-    ids: Tensor
+    words: Tensor
+    """Embedded, (tokens, hidden)."""
     count: Tensor
     """Tokens of the prompt that are no padding, (1,)."""
     state: Tensor
@@ -262,9 +263,14 @@ class Pi0GraphEngine:
         config, expert = model.config, model.config.expert
         assert expert is not None
         self._config = expert
-        self._embedding = model.language_model.model.embed_tokens.weight.detach()
-        self._scale = embedding_scale(self._embedding)
-        self._device, dtype = self._embedding.device, self._embedding.dtype
+        embedding = model.language_model.model.embed_tokens.weight.detach()
+        self._device, dtype = embedding.device, embedding.dtype
+        self._kind: dict[str, Any] = {"device": self._device, "dtype": dtype}
+        self._scale = embedding_scale(embedding)
+        # Some rows an action: they are looked up on the host, and a GPU has room for other things.
+        self._embedding = embedding.cpu()
+        del embedding
+        model.language_model.model.embed_tokens = nn.Identity()
         self._ops = operations or operations_for(self._device, config.decoder.head_dim)
         self._noise = (start_noise(expert) if noise is None else noise).to(self._device)
         self._on_gpu = self._device.type == "cuda"
@@ -317,7 +323,7 @@ class Pi0GraphEngine:
         """Room for a prompt of `length` tokens, a multiple of ALIGNMENT."""
         self._capacity = _aligned(self._context + length) + self._suffix
         self._caches = [
-            self._embedding.new_zeros(2, layer.kv_heads, self._capacity, layer.head_dim)
+            torch.zeros(2, layer.kv_heads, self._capacity, layer.head_dim, **self._kind)
             for layer in self._layers
         ]
         self._places = torch.arange(self._capacity, device=self._device)
@@ -352,7 +358,7 @@ class Pi0GraphEngine:
             return _finite(self._run(inputs).cpu()[None])
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of weights held in memory, by part."""
+        """Bytes of weights held in memory, by part; the embedding's are on the host."""
         layers = [sum(x.nbytes for x in group) for group in (self._layers, self._expert_layers)]
         heads = [self._times, self._actions_in, *self._heads.parameters()]
         return self._vision.nbytes | {
@@ -386,16 +392,16 @@ class Pi0GraphEngine:
         device = self._device
         return _Slots(
             torch.zeros(self._images, dtype=torch.uint8, device=device),
-            torch.zeros(length, dtype=torch.long, device=device),
+            torch.zeros(length, self._embedding.shape[1], **self._kind),
             torch.ones(1, dtype=torch.long, device=device),
-            torch.zeros(1, self._config.state_width, dtype=self._embedding.dtype, device=device),
+            torch.zeros(1, self._config.state_width, **self._kind),
         )
 
     def _fill(self, slots: _Slots, inputs: Inputs) -> None:
         ids = inputs.input_ids[0]
         slots.images.copy_(self._ready(inputs.pixel_values[0]), non_blocking=True)
-        padded = F.pad(ids, (0, len(slots.ids) - len(ids)))
-        slots.ids.copy_(self._ready(padded), non_blocking=True)
+        padded = F.pad(ids, (0, len(slots.words) - len(ids)))
+        slots.words.copy_(self._ready(self._embedding[padded]), non_blocking=True)
         slots.count.fill_(len(ids))
         if inputs.proprioception is not None:
             state = slots.state[:, : inputs.proprioception.shape[1]]
@@ -426,11 +432,11 @@ class Pi0GraphEngine:
 
     def _beyond(self, slots: _Slots) -> Tensor:
         """Without a graph; where the prompt has no room, in other places for this once."""
-        if self._context + len(slots.ids) + self._suffix <= self._capacity:
+        if self._context + len(slots.words) + self._suffix <= self._capacity:
             return self._act(slots)
         kept = self._capacity, self._caches, self._places, self._cos, self._sin
         try:
-            self._allocate(len(slots.ids))
+            self._allocate(len(slots.words))
             return self._act(slots)
         finally:
             if self._graphs:
@@ -484,7 +490,7 @@ class Pi0GraphEngine:
 
     def _embed(self, slots: _Slots) -> Tensor:
         """The language model's input, (L, hidden)."""
-        text = self._embedding.index_select(0, slots.ids) * self._scale
+        text = slots.words * self._scale
         mean, std = self._normal
         pixels = slots.images.permute(0, 3, 1, 2).float() / 255
         return torch.cat([self._vision((pixels - mean) / std), text])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -274,8 +274,8 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `unrolled` on a CPU, else and for chunks `eager`; `graph` has yet to be
-            run on a GPU.
+        engine: `auto` takes `graph` on a GPU; on a CPU `unrolled`, for chunks `eager`. Of int8
+            weights `graph` makes dense ones, so for those `auto` takes `eager` on a GPU too.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -300,7 +300,7 @@ def load_policy(
     elif architecture.action_head is not None:
         engines = _CHUNK_ENGINES
     if engine == "auto":
-        engine = "unrolled" if on_cpu and "unrolled" in engines else "eager"
+        engine = _engine_for(bundle, on_cpu, engines)
     if engine not in engines:
         raise UserError(
             f"{bundle.path}: gives chunks of actions, which the {engine} engine cannot; take "
@@ -317,6 +317,14 @@ def load_policy(
     model = load_model(bundle, target, kind)
     parameters = parameter_counts(model)  # before an engine takes the model apart
     return Policy(bundle, build(model), parameters, target, kind)
+
+
+def _engine_for(bundle: Bundle, on_cpu: bool, engines: Collection[str]) -> EngineName:
+    """What `auto` is."""
+    if on_cpu:
+        return "unrolled" if "unrolled" in engines else "eager"
+    stored = bundle.config.quantization
+    return "eager" if stored and stored.method == "bitsandbytes-int8" else "graph"
 
 
 def _refuse_other_actions(bundle: Bundle) -> None:

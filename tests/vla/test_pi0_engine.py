@@ -61,7 +61,7 @@ def test_padding_of_the_prompt_changes_nothing():
     plain = engine.chunk(raw)
     slots = engine._slots(48)
     engine._fill(slots, raw)
-    slots.ids[5:] = 17  # whatever is there
+    slots.words[5:] = 17  # whatever is there
     torch.testing.assert_close(engine._beyond(slots), plain[0], atol=1e-5, rtol=0)
 
 

@@ -3,18 +3,21 @@
     python docs/results/quantization/gpu.py gpu.json
 
 The matrices of a decoder block of OpenVLA-7B, whole and with 90% of its inside gone, for one token
-and for a prompt of 280, in bfloat16 and in every format that is importable here: bitsandbytes' NF4
-and int8, torch's own int4 and int8 kernels, and torchao's weight-only int4 and int8 (compiled, as
-they are meant to be; `pip install torchao`). Eight blocks follow one another in one CUDA graph, so
-that weights come from memory and launches cost nothing. A format that does not run says why.
+and for a prompt of 280, in bfloat16 and in every format that is importable here: the graph engine's
+own bfloat16 and NF4, bitsandbytes' NF4 and int8, torch's own int4 and int8 kernels, and torchao's
+weight-only int4 and int8 (compiled, as they are meant to be; `pip install torchao`). Eight blocks
+follow one another in one CUDA graph, so that weights come from memory and launches cost nothing. A
+format that does not run says why.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,6 +60,34 @@ def bitsandbytes_int8(weight: Tensor) -> Matrix:
     return Int8Linear(rounded, scale, None)
 
 
+def engine_nf4(weight: Tensor) -> Matrix:
+    """NF4 as the graph engine has it: its own kernel for one token, unpacked for a prompt."""
+    from rlrc_ros.vla import kernels, matrices
+
+    matrix = matrices.packed([SimpleNamespace(weight=weight)], weight.dtype)
+
+    def multiply(x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return matrices.times(x, matrix, kernels)
+        return kernels.gemv(x[0], matrix, x.new_empty(len(weight)))[None]
+
+    return multiply
+
+
+def engine_bfloat16(weight: Tensor) -> Matrix:
+    """bfloat16 as the graph engine has it."""
+    from rlrc_ros.vla import kernels, matrices
+
+    matrix = matrices.Matrix(weight, tuple(weight.shape))
+
+    def multiply(x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return F.linear(x, weight)
+        return kernels.gemv(x[0], matrix, x.new_empty(len(weight)))[None]
+
+    return multiply
+
+
 def torch_int4(weight: Tensor) -> Matrix:
     """The int4 kernel in torch itself (tinygemm), groups of 64 inputs."""
     outputs, inputs = weight.shape
@@ -84,7 +115,14 @@ def _torchao(weight: Tensor, config: Any) -> Matrix:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     quantize_(linear, config)
-    return torch.compile(linear, dynamic=False)
+    return lambda x: _compiled()(x, linear.weight)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    """One for all matrices, so that each shape is compiled once."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(F.linear, dynamic=False)
 
 
 def torchao_int4(weight: Tensor) -> Matrix:
@@ -102,7 +140,15 @@ def torchao_int8(weight: Tensor) -> Matrix:
 
 
 FORMATS = (
-    *(bfloat16, bitsandbytes_nf4, bitsandbytes_int8, torch_int4, torch_int8),
+    *(
+        bfloat16,
+        engine_bfloat16,
+        engine_nf4,
+        bitsandbytes_nf4,
+        bitsandbytes_int8,
+        torch_int4,
+        torch_int8,
+    ),
     *(torchao_int4, torchao_int8),
 )
 
@@ -165,9 +211,9 @@ def main() -> None:
                     except Exception as error:
                         row["failed"] = told = f"{type(error).__name__}: {error}".splitlines()[0]
                     results["rows"].append(row)
+                    write_atomically(Path(sys.argv[1]), json.dumps(results, indent=1) + "\n")
                     print(f"  {kind.__name__:<20}{told}", flush=True)
                     torch.cuda.empty_cache()
-    write_atomically(Path(sys.argv[1]), json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
