@@ -24,6 +24,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.timing import percentiles, ratio_interval
 from rlrc_ros.vla import matrices
 from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.captured import CapturedEngine
 from rlrc_ros.vla.chunk_engine import EagerChunkEngine, GraphChunkEngine
 from rlrc_ros.vla.config import (
     ActionCodecConfig,
@@ -36,7 +37,7 @@ from rlrc_ros.vla.config import (
     TowerConfig,
 )
 from rlrc_ros.vla.engine import ChunkEngine, EagerEngine
-from rlrc_ros.vla.graph_engine import CapturedEngine, GraphEngine
+from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.oft_checkpoint import LIBERO_CHUNK, MORE_CAMERAS, unscaled
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.openvla_checkpoint import CAMERA, CONTROL_RATE, PROMPT_SUFFIX, TEMPLATE

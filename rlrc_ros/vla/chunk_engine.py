@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrc_ros.vla.graph_engine import CapturedEngine, Slots
+from rlrc_ros.vla.captured import Slots
+from rlrc_ros.vla.graph_engine import OpenVLAEngine
 from rlrc_ros.vla.openvla import Inputs
 from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.quantization import weight_bytes
@@ -44,10 +45,10 @@ class EagerChunkEngine:
         return {name: weight_bytes(part) for name, part in self._model.parts.items()}
 
 
-class GraphChunkEngine(CapturedEngine):
+class GraphChunkEngine(OpenVLAEngine):
     """One observation at a time: BOS, context, prompt, places, stop token, padding nobody sees.
 
-    Takes what `CapturedEngine` takes.
+    Takes what `OpenVLAEngine` takes.
     """
 
     def __init__(self, model: OpenVLAOFT, *arguments: Any, **options: Any) -> None:
@@ -74,21 +75,22 @@ class GraphChunkEngine(CapturedEngine):
         """Keys and values are used once, where they are."""
         return self._norm.new_empty(0)
 
-    def _text(self, length: int) -> int:
+    def _words(self, length: int) -> int:
         return self._needed(length) - self._context
 
-    def _words(self, slots: Slots) -> Tensor:
+    def _text(self, slots: Slots) -> Tensor:
         """The prompt, zeros where the actions are to be, and from there on the stop token."""
-        text = super()._words(slots)
-        place = torch.arange(len(text), device=self._device) - (slots.last - self._context + 1)
+        text = super()._text(slots)
+        place = torch.arange(len(text), device=self._device) - slots.count
         return text * ((place < 0) | (place >= self._tokens))[:, None]
 
     def _act(self, slots: Slots) -> Tensor:
         """The chunk, (chunk · dimensions,) float32."""
-        x, seen = self._embed(slots), slots.last + self._tokens + 2
+        last = slots.count + (self._context - 1)
+        x, seen = self._embed(slots), last + self._tokens + 2
         for layer in self._layers[:-1]:
-            x = layer.both_ways(x, self._cos, self._sin, seen, None)
-        read = slots.last + self._places
-        x = self._layers[-1].both_ways(x, self._cos, self._sin, seen, read)
+            x = layer.both_ways(x, self._room.cos, self._room.sin, seen, None)
+        read = last + self._places
+        x = self._layers[-1].both_ways(x, self._room.cos, self._room.sin, seen, read)
         states = self._ops.norm(x, self._norm, self._eps)
         return self._head(states[None]).float().flatten()

@@ -6,17 +6,11 @@ by side, and what lies between the image's bytes and the action's bins is captur
 replayed by a single call. Projections with the same input are one matrix, the head has the action's
 rows only, and where Triton is installed a decode step takes five kernels a layer
 (`rlrc_ros.vla.kernels`).
-
-The same code runs without a graph: on a CPU, and for prompts longer than any that was captured.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -26,26 +20,13 @@ from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla import matrices
+from rlrc_ros.vla.captured import CapturedEngine, Room, Slots, operations_for
 from rlrc_ros.vla.matrices import Linear, Matrix
 from rlrc_ros.vla.openvla import Inputs, OpenVLA, VisionTower
 from rlrc_ros.vla.quantization import weight_bytes
 
 PROMPT_LENGTHS = (16, 24, 32, 48)
 """Tokens of a prompt, BOS included, that graphs are captured for."""
-
-log = logging.getLogger(__name__)
-
-
-def operations_for(device: torch.device, head_dim: int) -> ModuleType:
-    """Triton kernels where they can run, else the same in plain PyTorch."""
-    if device.type == "cuda" and head_dim & (head_dim - 1) == 0:
-        try:
-            from rlrc_ros.vla import kernels
-        except ImportError as error:
-            log.warning("Triton is not installed (%s); actions will take longer", error)
-        else:
-            return kernels
-    return matrices
 
 
 class _Tower:
@@ -172,20 +153,8 @@ class _Layer:
         return x.addmm_(y, matrices.dense(weight, x.dtype, self._ops).T)
 
 
-@dataclass
-class Slots:
-    """Where an action's inputs are put, for one length of prompt."""
-
-    images: Tensor
-    words: Tensor
-    """Embedded, (tokens, hidden)."""
-    last: Tensor
-    """Place of the prompt's last token in the sequence, (1,)."""
-    proprioception: Tensor | None
-
-
-class CapturedEngine:
-    """One observation at a time, in one graph for each length of prompt.
+class OpenVLAEngine(CapturedEngine):
+    """An OpenVLA taken apart: what comes before its actions' decoding.
 
     Args:
         model: is taken apart; its weights live on in fused form.
@@ -194,10 +163,6 @@ class CapturedEngine:
         operations: where the arithmetic is; by default Triton's on a GPU that has it.
     """
 
-    name = "graph"
-    takes_bytes = True
-    _padding_id = 0
-
     def __init__(
         self,
         model: OpenVLA,
@@ -205,13 +170,17 @@ class CapturedEngine:
         hold: Callable[[list[Any], torch.dtype], Matrix] = matrices.held,
         operations: ModuleType | None = None,
     ) -> None:
-        llama = model.language_model.model
+        llama, config = model.language_model.model, model.config
         self._norm, self._eps = llama.norm.weight.detach(), llama.norm.variance_epsilon
-        self._device = self._norm.device
-        # Some rows an action: they are looked up on the host, and a GPU has room for other things.
-        self._embedding = llama.embed_tokens.weight.detach().cpu()
+        super().__init__(
+            self._norm.device,
+            self._norm.dtype,
+            llama.embed_tokens.weight,
+            (config.images, *(config.towers[0].image_size,) * 2, 3),
+            config.proprioception,
+            lengths,
+        )
         llama.embed_tokens = nn.Identity()
-        config = model.config
         self._ops = operations or operations_for(self._device, config.decoder.head_dim)
         model.language_model.lm_head = nn.Identity()
         self._rotary = llama.rotary_emb
@@ -238,14 +207,10 @@ class CapturedEngine:
             if module is not None:
                 swap(module)
         self._model, self._tokens, self._context = model, model.action_tokens, config.context
-        self._images = (config.images, *(config.towers[0].image_size,) * 2, 3)
-        self._on_gpu = self._device.type == "cuda"
-        self._lengths = sorted(lengths) if self._on_gpu else []
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Slots, Tensor]] = {}
         self._streams = (
             [torch.cuda.Stream(self._device) for _ in self._towers[1:]] if self._on_gpu else []
         )
-        self._allocate(max(self._lengths, default=32))
+        self._room = self._make_room(max(self._lengths, default=32))
 
     def _swap(self, root: nn.Module, matrix: Callable[[list[Any]], Matrix]) -> None:
         """Linear layers below `root` that are to be NF4 become so."""
@@ -261,62 +226,16 @@ class CapturedEngine:
         """Tokens of a sequence whose prompt has `length`."""
         return length + self._context + self._tokens
 
-    def _text(self, length: int) -> int:
-        """How many of them are words, for a prompt of `length`."""
-        return length
-
-    def _allocate(self, length: int) -> None:
-        """Room for a prompt of `length` tokens."""
-        capacity = self._capacity = self._needed(length)
-        self._caches = [self._cache(layer, capacity) for layer in self._layers]
-        positions = torch.arange(capacity, device=self._device)[None]
-        cos, sin = self._rotary(self._norm.float(), positions)
-        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+    def _make_room(self, length: int) -> Room:
+        capacity = self._needed(length)
+        positions = torch.arange(capacity, device=self._device)
+        cos, sin = self._rotary(self._norm.float(), positions[None])
+        caches = [self._cache(layer, capacity) for layer in self._layers]
+        return Room(caches, positions, cos[0].contiguous(), sin[0].contiguous())
 
     def _cache(self, layer: _Layer, capacity: int) -> Tensor:
         """Room for a layer's keys and values."""
         return self._norm.new_zeros(2, layer.kv_heads, capacity, layer.head_dim)
-
-    def prepare(self) -> float:
-        """Capture every graph, so that no robot waits for one.
-
-        Returns the seconds it took.
-        """
-        start = time.perf_counter()
-        with self._current_device():
-            for length in reversed(self._lengths):
-                if length not in self._graphs:
-                    self._capture(length)
-        return time.perf_counter() - start
-
-    def _out(self, inputs: Inputs) -> Tensor:
-        """What `_act` gives for one observation on the CPU, its images in bytes."""
-        if len(inputs) != 1 or inputs.pixel_values.dtype != torch.uint8:
-            raise ValueError("the graph engine takes one observation at a time, its image in bytes")
-        with self._current_device(), torch.inference_mode():
-            return self._run(inputs).cpu()
-
-    def _run(self, inputs: Inputs) -> Tensor:
-        """By the smallest graph that has room; without one where none has."""
-        length = inputs.input_ids.shape[1]
-        fitting = [number for number in self._lengths if number >= length]
-        if fitting:
-            if fitting[0] not in self._graphs:
-                self._capture(fitting[0])
-            graph, slots, out = self._graphs[fitting[0]]
-            self._fill(slots, inputs)
-            graph.replay()
-            return out
-        if self._lengths:
-            log.warning(
-                "a prompt of %d tokens is longer than any that was prepared for (%d): this action "
-                "takes longer",
-                length,
-                self._lengths[-1],
-            )
-        slots = self._slots(length)
-        self._fill(slots, inputs)
-        return self._beyond(slots, length)
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part; the embedding's are on the host."""
@@ -327,82 +246,18 @@ class CapturedEngine:
         parts["llm"] += self._embedding.nbytes + sum(layer.nbytes for layer in self._layers)
         return parts
 
-    def _slots(self, length: int) -> Slots:
-        proprioception = None
-        if self._model.proprio_projector is not None:
-            width = self._model.config.proprioception
-            proprioception = self._norm.new_zeros(1, width)
-        return Slots(
-            torch.zeros(self._images, dtype=torch.uint8, device=self._device),
-            self._norm.new_zeros(self._text(length), self._embedding.shape[1]),
-            torch.zeros(1, dtype=torch.long, device=self._device),
-            proprioception,
-        )
-
-    def _fill(self, slots: Slots, inputs: Inputs) -> None:
-        ids = inputs.input_ids[0]
-        images = inputs.pixel_values.reshape(slots.images.shape)
-        slots.images.copy_(self._ready(images), non_blocking=True)
-        padded = F.pad(ids, (0, len(slots.words) - len(ids)), value=self._padding_id)
-        slots.words.copy_(self._ready(self._embedding[padded]), non_blocking=True)
-        slots.last.fill_(len(ids) + self._context - 1)
-        if slots.proprioception is not None:
-            assert inputs.proprioception is not None
-            values = inputs.proprioception.to(self._norm.dtype)
-            slots.proprioception.copy_(self._ready(values), non_blocking=True)
-
-    def _ready(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._on_gpu else tensor
-
-    def _current_device(self) -> AbstractContextManager[Any]:
-        """Triton and graphs use whichever GPU is current."""
-        return torch.cuda.device(self._device) if self._on_gpu else nullcontext()
-
-    def _capture(self, length: int) -> None:
-        slots = self._slots(length)
-        slots.last.fill_(length + self._context - 1)
-        with torch.inference_mode():
-            stream = torch.cuda.Stream(self._device)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # kernels are compiled, libraries get ready
-                    self._act(slots)
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool):
-                out = self._act(slots)
-        self._graphs[length] = (graph, slots, out)
-
-    def _beyond(self, slots: Slots, length: int) -> Tensor:
-        """Without a graph; where the prompt has no room, in other places for this once."""
-        if self._needed(length) <= self._capacity:
-            return self._act(slots)
-        kept = self._capacity, self._caches, self._cos, self._sin
-        try:
-            self._allocate(length)
-            return self._act(slots)
-        finally:
-            if self._graphs:
-                self._capacity, self._caches, self._cos, self._sin = kept
-
-    def _act(self, slots: Slots) -> Tensor:
-        """Everything between the inputs and the numbers that go back to the host."""
-        raise NotImplementedError
-
     def _embed(self, slots: Slots) -> Tensor:
         """The decoder's input, (T, hidden)."""
-        text = self._words(slots)
+        text = self._text(slots)
         pixels = slots.images.permute(0, 3, 1, 2).float() / 255
         scaled = [(pixels - mean) / std for mean, std in self._scales]
         features = self._see(scaled)
         context = [self._model.projector(features)]
-        if slots.proprioception is not None and self._model.proprio_projector is not None:
-            context.append(self._model.proprio_projector(slots.proprioception))
+        if slots.state is not None and self._model.proprio_projector is not None:
+            context.append(self._model.proprio_projector(slots.state))
         return torch.cat([text[:1], *context, text[1:]])
 
-    def _words(self, slots: Slots) -> Tensor:
+    def _text(self, slots: Slots) -> Tensor:
         """What of the sequence is words, (tokens, hidden)."""
         return slots.words
 
@@ -422,8 +277,8 @@ class CapturedEngine:
         return torch.cat(features, 1)
 
 
-class GraphEngine(CapturedEngine):
-    """Action tokens, one after another; takes what `CapturedEngine` takes."""
+class GraphEngine(OpenVLAEngine):
+    """Action tokens, one after another; takes what `OpenVLAEngine` takes."""
 
     def __init__(self, model: OpenVLA, *arguments: Any, **options: Any) -> None:
         first = model.first_action_id
@@ -453,18 +308,18 @@ class GraphEngine(CapturedEngine):
 
     def _act(self, slots: Slots) -> Tensor:
         """Bins, then 1 if the state behind them is finite, else 0: (action_tokens + 1,) int64."""
-        x = self._embed(slots)
-        for i, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
-            only = slots.last if i == len(self._layers) - 1 else None
-            x = layer.prompt(x, cache, self._cos, self._sin, only)
+        x, last = self._embed(slots), slots.count + (self._context - 1)
+        for i, (layer, cache) in enumerate(zip(self._layers, self._room.caches, strict=True)):
+            only = last if i == len(self._layers) - 1 else None
+            x = layer.prompt(x, cache, self._room.cos, self._room.sin, only)
         state = x[0]
         finite = state.isfinite().all()[None].long()
         bins = [self._choose(state)]
         for number in range(1, self._tokens):
             token = self._action_rows.index_select(0, bins[-1])[0]
-            position = slots.last + number
-            for layer, cache in zip(self._layers, self._caches, strict=True):
-                layer.step(token, cache, self._cos, self._sin, position)
+            position = last + number
+            for layer, cache in zip(self._layers, self._room.caches, strict=True):
+                layer.step(token, cache, self._room.cos, self._room.sin, position)
             bins.append(self._choose(token))
         return torch.cat([*bins, finite])
 

@@ -223,14 +223,11 @@ def gemv(
     """
     rows, columns = weight.shape
     rows = rows // 2 if gated else rows
-    early = starts_early(x.device)
     block_n, block_k, warps = gemv_blocks(rows, columns, weight.scales is not None, gated)
-    options: dict[str, Any] = {
+    options = early(x) | {
         "NORM": gain is not None, "GATED": gated, "RESIDUAL": residual, "BLOCK_N": block_n,
-        "EARLY": early, "num_warps": warps,
+        "num_warps": warps,
     }  # fmt: skip
-    if early:
-        options["launch_pdl"] = True
     grid, gain = (triton.cdiv(rows, block_n),), x if gain is None else gain
     if weight.scales is None:
         _gemv_kernel[grid](
@@ -265,14 +262,19 @@ def gemv_blocks(rows: int, columns: int, nf4: bool, gated: bool) -> tuple[int, i
 
 
 @functools.cache
-def starts_early(device: torch.device) -> bool:
-    """Whether kernels may start before the one before has ended, and wait where they need it.
-
-    Programmatic dependent launch: NVIDIA GPUs from Hopper on, and Triton from 3.4 on.
-    """
+def _starts_early(device: torch.device) -> bool:
     if device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def early(x: Tensor) -> dict[str, Any]:
+    """Options of a launch that may start before the kernel before it has ended.
+
+    Such a kernel waits for that one's results where it needs them. Programmatic dependent launch:
+    NVIDIA GPUs from Hopper on, and Triton from 3.4 on.
+    """
+    return {"EARLY": True, "launch_pdl": True} if _starts_early(x.device) else {"EARLY": False}
 
 
 @triton.jit
@@ -364,7 +366,6 @@ def decode_attention(
     """
     _, kv_heads, capacity, size = cache.shape
     out = torch.empty(heads * size, dtype=qkv.dtype, device=qkv.device)
-    early = starts_early(qkv.device)
     block, warps = attention_blocks(capacity)
     _decode_attention_kernel[(heads,)](
         qkv,
@@ -380,9 +381,8 @@ def decode_attention(
         size**-0.5,
         HALF=size // 2,
         BLOCK=block,
-        EARLY=early,
         num_warps=warps,
-        **({"launch_pdl": True} if early else {}),
+        **early(qkv),
     )
     return out
 
@@ -395,8 +395,10 @@ def attention_blocks(capacity: int) -> tuple[int, int]:
 @triton.jit
 def _rope_kernel(
     qkv_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, heads, kv_heads, tokens, capacity,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.arange(0, HALF)
@@ -436,7 +438,7 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Te
     query = torch.empty(heads, tokens, size, dtype=qkv.dtype, device=qkv.device)
     _rope_kernel[(tokens, heads + 2 * kv_heads)](
         qkv, cos, sin, query, cache[0], cache[1], heads, kv_heads, tokens, capacity,
-        HALF=size // 2, num_warps=1,
+        HALF=size // 2, num_warps=1, **early(qkv),
     )  # fmt: skip
     return query
 
@@ -528,7 +530,10 @@ def attend(
 def _norm_kernel(
     x_ptr, delta_ptr, factor_ptr, gain_ptr, bias_ptr, out_ptr, width, eps,
     ADD: tl.constexpr, FACTOR: tl.constexpr, CENTRE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     ok = k < width
@@ -574,12 +579,17 @@ def norm(
         FACTOR=factor is not None,
         CENTRE=bias is not None,
         BLOCK=triton.next_power_of_2(x.shape[1]),
+        **early(x),
     )
     return out
 
 
 @triton.jit
-def _gate_kernel(x_ptr, out_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_kernel(
+    x_ptr, out_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = k < width
@@ -596,13 +606,15 @@ def gate(x: Tensor, gelu: bool = False) -> Tensor:
     """(T, 2W) -> (T, W): silu of the first half times the second; or GELU's tanh form of it."""
     tokens, width = x.shape[0], x.shape[1] // 2
     out = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
-    _gate_kernel[(tokens, triton.cdiv(width, 1024))](x, out, width, GELU=gelu, BLOCK=1024)
+    grid = (tokens, triton.cdiv(width, 1024))
+    _gate_kernel[grid](x, out, width, GELU=gelu, BLOCK=1024, **early(x))
     return out
 
 
 @triton.jit
 def _unpack_kernel(
-    packed_ptr, scale_ptr, level_ptr, out_ptr, blocks, EXACT: tl.constexpr, BLOCK_G: tl.constexpr
+    packed_ptr, scale_ptr, level_ptr, out_ptr, blocks,
+    EXACT: tl.constexpr, BLOCK_G: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     ok = (g < blocks)[:, None]
@@ -611,6 +623,8 @@ def _unpack_kernel(
     high, low = _nf4_levels(packed, level_ptr, EXACT)
     kind = out_ptr.dtype.element_ty
     both = tl.interleave((high * scale).to(kind), (low * scale).to(kind))
+    if EARLY:  # weights are always there, room for the result is when its last reader has ended
+        tl.extra.cuda.gdc_wait()
     tl.store(out_ptr + g[:, None] * 64 + tl.arange(0, 64)[None, :], both, mask=ok)
 
 
@@ -619,6 +633,7 @@ def unpack(weight: Any, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
     blocks, exact = out.numel() // 64, dtype == torch.float32 or out.device.type != "cuda"
     _unpack_kernel[(triton.cdiv(blocks, 64),)](
-        weight.data, weight.scales, weight.levels, out, blocks, EXACT=exact, BLOCK_G=64
-    )
+        weight.data, weight.scales, weight.levels, out, blocks,
+        EXACT=exact, BLOCK_G=64, **early(out),
+    )  # fmt: skip
     return out

@@ -7,17 +7,11 @@ then only the noisy actions in every step, with what the steps' times add worked
 query heads of a key-value head are one matrix of queries, since all may see the same keys. Of the
 language model's last layer only keys and values are computed: nothing else of it is used. What lies
 between the images' bytes and the actions is captured once for each length of prompt.
-
-The same code runs without a graph: on a CPU, and for prompts longer than any that was captured.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +21,7 @@ from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla import matrices
-from rlrc_ros.vla.graph_engine import operations_for
+from rlrc_ros.vla.captured import CapturedEngine, Room, Slots, operations_for
 from rlrc_ros.vla.matrices import Matrix
 from rlrc_ros.vla.openvla import Inputs
 from rlrc_ros.vla.pi0 import Pi0, embedding_scale, start_noise, time_embedding
@@ -37,8 +31,6 @@ PROMPT_LENGTHS = (16, 32, 48)
 """Tokens of a prompt that graphs are captured for; 48 is the longest that pi0 is trained with."""
 ALIGNMENT = 16
 """Numbers of keys are multiples of this, which fused attention with a mask wants."""
-
-log = logging.getLogger(__name__)
 
 
 class Pi0EagerEngine:
@@ -224,21 +216,7 @@ class _Layer:
         return x.addmm_(y, matrices.dense(weight, x.dtype, self._ops).T)
 
 
-@dataclass
-class _Slots:
-    """Where a chunk's inputs are put, for one length of prompt."""
-
-    images: Tensor
-    """(cameras, H, W, 3) uint8."""
-    words: Tensor
-    """Embedded, (tokens, hidden)."""
-    count: Tensor
-    """Tokens of the prompt that are no padding, (1,)."""
-    state: Tensor
-    """(1, state_width), normalised."""
-
-
-class Pi0GraphEngine:
+class Pi0GraphEngine(CapturedEngine):
     """One observation at a time.
 
     Args:
@@ -248,9 +226,6 @@ class Pi0GraphEngine:
         hold: how linear layers with the same input become one `Matrix`.
         operations: where the arithmetic is; by default Triton's on a GPU that has it.
     """
-
-    name = "graph"
-    takes_bytes = True
 
     def __init__(
         self,
@@ -262,18 +237,16 @@ class Pi0GraphEngine:
     ) -> None:
         config, expert = model.config, model.config.expert
         assert expert is not None
-        self._config = expert
+        self._config, size = expert, config.towers[0].image_size
         embedding = model.language_model.model.embed_tokens.weight.detach()
-        self._device, dtype = embedding.device, embedding.dtype
-        self._kind: dict[str, Any] = {"device": self._device, "dtype": dtype}
+        device, dtype = embedding.device, embedding.dtype
+        images = (config.images, size, size, 3)
+        super().__init__(device, dtype, embedding, images, expert.state_width, lengths)
         self._scale = embedding_scale(embedding)
-        # Some rows an action: they are looked up on the host, and a GPU has room for other things.
-        self._embedding = embedding.cpu()
         del embedding
         model.language_model.model.embed_tokens = nn.Identity()
         self._ops = operations or operations_for(self._device, config.decoder.head_dim)
         self._noise = (start_noise(expert) if noise is None else noise).to(self._device)
-        self._on_gpu = self._device.type == "cuda"
 
         def matrix(linears: list[Any]) -> Matrix:
             return hold(linears, dtype)
@@ -286,11 +259,8 @@ class Pi0GraphEngine:
         self._rotary = model.language_model.model.rotary_emb
         self._take_heads(model)
         self._context = config.context
-        self._images = (config.images, tower.image_size, tower.image_size, 3)
         self._suffix = _aligned(1 + expert.chunk)
-        self._lengths = sorted(lengths) if self._on_gpu else []
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Slots, Tensor]] = {}
-        self._allocate(max(self._lengths, default=ALIGNMENT))
+        self._room = self._make_room(max(self._lengths, default=ALIGNMENT))
 
     def _taken(
         self,
@@ -319,30 +289,23 @@ class Pi0GraphEngine:
         self._actions_in = weight[:, :hidden].clone()
         expert.action_time_mlp_in = nn.Identity()
 
-    def _allocate(self, length: int) -> None:
-        """Room for a prompt of `length` tokens, a multiple of ALIGNMENT."""
-        self._capacity = _aligned(self._context + length) + self._suffix
-        self._caches = [
-            torch.zeros(2, layer.kv_heads, self._capacity, layer.head_dim, **self._kind)
+    def _words(self, length: int) -> int:
+        return _aligned(length)
+
+    def _needed(self, length: int) -> int:
+        return _aligned(self._context + _aligned(length)) + self._suffix
+
+    def _make_room(self, length: int) -> Room:
+        capacity = self._needed(length)
+        positions = torch.arange(capacity, device=self._device)
+        cos, sin = self._rotary(self._noise, positions[None])
+        kind: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
+        caches = [
+            torch.zeros(2, layer.kv_heads, capacity, layer.head_dim, **kind)
             for layer in self._layers
         ]
-        self._places = torch.arange(self._capacity, device=self._device)
-        cos, sin = self._rotary(self._noise, self._places[None])
-        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+        return Room(caches, positions, cos[0].contiguous(), sin[0].contiguous())
 
-    def prepare(self) -> float:
-        """Capture every graph, so that no robot waits for one.
-
-        Returns the seconds it took.
-        """
-        start = time.perf_counter()
-        with self._current_device():
-            for length in reversed(self._lengths):
-                if length not in self._graphs:
-                    self._capture(length)
-        return time.perf_counter() - start
-
-    @torch.inference_mode()
     def chunk(self, inputs: Inputs) -> Tensor:
         """Normalised actions, (1, chunk, action_width) float32 on the CPU.
 
@@ -352,10 +315,7 @@ class Pi0GraphEngine:
         Raises:
             UserError: they are not finite.
         """
-        if len(inputs) != 1 or inputs.pixel_values.dtype != torch.uint8:
-            raise ValueError("the graph engine takes one observation at a time, its image in bytes")
-        with self._current_device():
-            return _finite(self._run(inputs).cpu()[None])
+        return _finite(self._out(inputs)[None])
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights held in memory, by part; the embedding's are on the host."""
@@ -366,83 +326,7 @@ class Pi0GraphEngine:
             "expert": layers[1] + sum(tensor.nbytes for tensor in heads),
         }
 
-    def _run(self, inputs: Inputs) -> Tensor:
-        """By the smallest graph that has room; without one where none has."""
-        length = inputs.input_ids.shape[1]
-        fitting = [number for number in self._lengths if number >= length]
-        if fitting:
-            if fitting[0] not in self._graphs:
-                self._capture(fitting[0])
-            graph, slots, out = self._graphs[fitting[0]]
-            self._fill(slots, inputs)
-            graph.replay()
-            return out
-        if self._lengths:
-            log.warning(
-                "a prompt of %d tokens is longer than any that was prepared for (%d): this action "
-                "takes longer",
-                length,
-                self._lengths[-1],
-            )
-        slots = self._slots(_aligned(length))
-        self._fill(slots, inputs)
-        return self._beyond(slots)
-
-    def _slots(self, length: int) -> _Slots:
-        device = self._device
-        return _Slots(
-            torch.zeros(self._images, dtype=torch.uint8, device=device),
-            torch.zeros(length, self._embedding.shape[1], **self._kind),
-            torch.ones(1, dtype=torch.long, device=device),
-            torch.zeros(1, self._config.state_width, **self._kind),
-        )
-
-    def _fill(self, slots: _Slots, inputs: Inputs) -> None:
-        ids = inputs.input_ids[0]
-        slots.images.copy_(self._ready(inputs.pixel_values[0]), non_blocking=True)
-        padded = F.pad(ids, (0, len(slots.words) - len(ids)))
-        slots.words.copy_(self._ready(self._embedding[padded]), non_blocking=True)
-        slots.count.fill_(len(ids))
-        if inputs.proprioception is not None:
-            state = slots.state[:, : inputs.proprioception.shape[1]]
-            state.copy_(self._ready(inputs.proprioception), non_blocking=True)
-
-    def _ready(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._on_gpu else tensor
-
-    def _current_device(self) -> AbstractContextManager[Any]:
-        """Triton and graphs use whichever GPU is current."""
-        return torch.cuda.device(self._device) if self._on_gpu else nullcontext()
-
-    def _capture(self, length: int) -> None:
-        slots = self._slots(length)
-        with torch.inference_mode():
-            stream = torch.cuda.Stream(self._device)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # kernels are compiled, libraries get ready
-                    self._act(slots)
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool):
-                out = self._act(slots)
-        self._graphs[length] = (graph, slots, out)
-
-    def _beyond(self, slots: _Slots) -> Tensor:
-        """Without a graph; where the prompt has no room, in other places for this once."""
-        if self._context + len(slots.words) + self._suffix <= self._capacity:
-            return self._act(slots)
-        kept = self._capacity, self._caches, self._places, self._cos, self._sin
-        try:
-            self._allocate(len(slots.words))
-            return self._act(slots)
-        finally:
-            if self._graphs:
-                self._capacity, self._caches, self._places, self._cos, self._sin = kept
-
-    def _act(self, slots: _Slots) -> Tensor:
+    def _act(self, slots: Slots) -> Tensor:
         """Denoised actions, (chunk, action_width) float32."""
         expert, chunk = self._heads, self._config.chunk
         x = self._embed(slots)
@@ -450,13 +334,14 @@ class Pi0GraphEngine:
         read = self._context + slots.count  # places of the prefix that are no padding
         mask, state_mask = self._masks(length, read, dtype)
         last = len(self._layers) - 1
-        for i, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
+        for i, (layer, cache) in enumerate(zip(self._layers, self._room.caches, strict=True)):
             if i < last:
-                x = layer(x, cache, 0, self._cos, self._sin, mask[:, :length])
+                x = layer(x, cache, 0, self._room.cos, self._room.sin, mask[:, :length])
             else:
-                layer.keys(x, cache, 0, self._cos, self._sin)
-        positions = read + self._places[: 1 + chunk]
-        cos, sin = (table.index_select(0, positions) for table in (self._cos, self._sin))
+                layer.keys(x, cache, 0, self._room.cos, self._room.sin)
+        positions = read + self._room.positions[: 1 + chunk]
+        cos, sin = (table.index_select(0, positions) for table in (self._room.cos, self._room.sin))
+        assert slots.state is not None
         state = F.linear(slots.state, expert.state_proj.weight, expert.state_proj.bias)
         self._through(state, length, cos[:1], sin[:1], state_mask)
         actions, steps = self._noise, self._config.steps
@@ -473,7 +358,7 @@ class Pi0GraphEngine:
 
     def _masks(self, length: int, read: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What the actions see, and what the proprioception sees, which is no action: (1, K)."""
-        place = self._places[: length + self._suffix]
+        place = self._room.positions[: length + self._suffix]
         prefix, state = place < read, place == length
         actions = (place > length) & (place <= length + self._config.chunk)
         masks = [
@@ -484,11 +369,11 @@ class Pi0GraphEngine:
 
     def _through(self, x: Tensor, start: int, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """Through the expert's layers."""
-        for layer, cache in zip(self._expert_layers, self._caches, strict=True):
+        for layer, cache in zip(self._expert_layers, self._room.caches, strict=True):
             x = layer(x, cache, start, cos, sin, mask)
         return x
 
-    def _embed(self, slots: _Slots) -> Tensor:
+    def _embed(self, slots: Slots) -> Tensor:
         """The language model's input, (L, hidden)."""
         text = slots.words * self._scale
         mean, std = self._normal

@@ -62,7 +62,7 @@ def test_padding_of_the_prompt_changes_nothing():
     slots = engine._slots(48)
     engine._fill(slots, raw)
     slots.words[5:] = 17  # whatever is there
-    torch.testing.assert_close(engine._beyond(slots), plain[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(engine._beyond(slots, 48), plain[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes-nf4", "bitsandbytes-int8"])
