@@ -99,9 +99,15 @@ SHAPES: dict[str, Callable[[], BundleConfig]] = {
     "openvla-7b": openvla_7b,
     "openvla-7b-oft": openvla_7b_oft,
 }
-VARIANTS = ("full", "pruned", "pruned-nf4", "planned", "planned-nf4")
+HOLD = {"nf4": matrices.packed, "int8": matrices.rounded}
+VARIANTS = tuple(
+    kind + suffix
+    for kind in ("full", "pruned", "planned")
+    for suffix in ("", *(f"-{name}" for name in HOLD))
+)
 """`pruned`: 90% of each layer but the first and the last; `planned`: no more bytes than that in as
-few layers as they fill; `-nf4`: every linear layer of towers, projector and decoder in 4 bits."""
+few layers as they fill; `-nf4` and `-int8`: every linear layer of towers, projector and decoder in
+4 or 8 bits."""
 DEFAULT = "full,pruned,pruned-nf4,planned,planned-nf4"
 
 
@@ -311,7 +317,7 @@ def _build(
         engine = EagerChunkEngine(model) if isinstance(model, OpenVLAOFT) else Generate(model)
         facts["bytes"] = EagerEngine(model).weight_bytes()
     else:
-        hold = matrices.packed if name.endswith("-nf4") else matrices.held
+        hold = HOLD.get(name.partition("-")[2], matrices.held)
         if isinstance(model, OpenVLAOFT):
             engine = GraphChunkEngine(model, hold=hold)
         else:

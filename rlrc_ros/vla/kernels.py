@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrc_ros.vla.matrices import NF4_LEVELS
+from rlrc_ros.vla import matrices
 
 
 def _pick_levels() -> str:
@@ -25,7 +25,7 @@ def _pick_levels() -> str:
     `prmt` picks four bytes out of eight by the three lowest bits of each half-byte of its selector,
     so a half-byte is an index into half of the 16 levels, and its fourth bit says which half.
     """
-    bits = torch.tensor(NF4_LEVELS).bfloat16().view(torch.int16).tolist()
+    bits = torch.tensor(matrices.NF4_LEVELS).bfloat16().view(torch.int16).tolist()
 
     def table(shift: int, start: int) -> str:
         picked = [bits[start + i] >> shift & 255 for i in range(4)]
@@ -58,8 +58,8 @@ PICK_LEVELS = tl.constexpr(_pick_levels())
 
 @triton.jit
 def _gemv_kernel(
-    x_ptr, gain_ptr, weight_ptr, out_ptr, rows, columns, eps,
-    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    x_ptr, gain_ptr, weight_ptr, scale_ptr, out_ptr, rows, columns, eps,
+    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, INT8: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -91,6 +91,10 @@ def _gemv_kernel(
             v = after
     y = tl.sum(total, 1)
     z = tl.sum(gated, 1)
+    if INT8:
+        y *= tl.load(scale_ptr + n, mask=n_ok, other=0.0)
+        if GATED:
+            z *= tl.load(scale_ptr + n + rows, mask=n_ok, other=0.0)
     _finish(y, z, tl.sum(square, 0) / columns + eps, out_ptr, n, n_ok, NORM, GATED, RESIDUAL)
 
 
@@ -141,7 +145,7 @@ def _dense_tile(weight_ptr, n, n_ok, k, columns):
     both = n_ok[:, None] & (k < columns)[None, :]
     place = weight_ptr + n[:, None] * columns + k[None, :]
     # Read once and not again: nothing else should make room for it.
-    return tl.load(place, mask=both, other=0.0, eviction_policy="evict_first")
+    return tl.load(place, mask=both, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -214,7 +218,7 @@ def gemv(
 
     Args:
         x: (K,).
-        weight: the matrix, (N, K); dense or NF4 in blocks of 64.
+        weight: the matrix, (N, K); dense, int8, or NF4 in blocks of 64.
         out: (N,), or (N / 2,) if gated.
         gain: (K,); if given, x goes through an RMS norm with it first.
         eps: of the norm.
@@ -223,16 +227,20 @@ def gemv(
     """
     rows, columns = weight.shape
     rows = rows // 2 if gated else rows
-    block_n, block_k, warps = gemv_blocks(rows, columns, weight.scales is not None, gated)
+    nf4 = weight.levels is not None
+    block_n, block_k, warps = gemv_blocks(rows, columns, nf4, gated)
     options = early(x) | {
         "NORM": gain is not None, "GATED": gated, "RESIDUAL": residual, "BLOCK_N": block_n,
         "num_warps": warps,
     }  # fmt: skip
     grid, gain = (triton.cdiv(rows, block_n),), x if gain is None else gain
-    if weight.scales is None:
+    if not nf4:
+        int8 = weight.scales is not None
+        scales = weight.scales if int8 else weight.data
         _gemv_kernel[grid](
-            x, gain, weight.data, out, rows, columns, eps, BLOCK_K=block_k, **options
-        )
+            x, gain, weight.data, scales, out, rows, columns, eps,
+            INT8=int8, BLOCK_K=block_k, **options,
+        )  # fmt: skip
         return out
     exact = x.dtype == torch.float32 or x.device.type != "cuda"
     _gemv_nf4_kernel[grid](
@@ -629,7 +637,9 @@ def _unpack_kernel(
 
 
 def unpack(weight: Any, dtype: torch.dtype) -> Tensor:
-    """An NF4 matrix in blocks of 64 as a dense one."""
+    """A matrix in int8, or in NF4 in blocks of 64, as a dense one."""
+    if weight.levels is None:
+        return matrices.unpack(weight, dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
     blocks, exact = out.numel() // 64, dtype == torch.float32 or out.device.type != "cuda"
     _unpack_kernel[(triton.cdiv(blocks, 64),)](

@@ -29,13 +29,14 @@ NF4_LEVELS = (
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix, (N, K), dense or NF4.
+    """A weight matrix, (N, K): dense, int8 or NF4.
 
     Attributes:
-        data: (N, K), or N · K / 2 bytes with the first of two weights in the upper half.
+        data: (N, K); of NF4 N · K / 2 bytes with the first of two weights in the upper half.
         shape: (N, K).
-        scales: float32, one for each 64 weights, row after row; None where dense.
-        levels: the 16 values of NF4, float32; None where dense.
+        scales: float32; of int8 one a row, of NF4 one for each 64 weights, row after row; None
+            where dense.
+        levels: the 16 values of NF4, float32; else None.
     """
 
     data: Tensor
@@ -53,25 +54,26 @@ class Matrix:
         total, columns = self.shape
         for start in range(0, total, rows):
             stop = min(start + rows, total)
-            if self.scales is None:
-                yield Matrix(self.data[start:stop], (stop - start, columns))
+            if self.levels is None:
+                scales = None if self.scales is None else self.scales[start:stop]
+                yield Matrix(self.data[start:stop], (stop - start, columns), scales)
                 continue
+            assert self.scales is not None
             data = self.data[start * columns // 2 : stop * columns // 2]
             scales = self.scales[start * columns // NF4_BLOCK : stop * columns // NF4_BLOCK]
             yield Matrix(data, (stop - start, columns), scales, self.levels)
 
 
 def held(linears: list[Any], dtype: torch.dtype) -> Matrix:
-    """Matrices with the same inputs as one, as they are stored: dense or bitsandbytes' NF4.
-
-    int8 becomes dense: there is no kernel for it here yet.
+    """Matrices with the same inputs as one, as they are stored: dense, int8 or NF4 (bitsandbytes').
 
     dtype: what the model computes in.
     """
     if not is_quantized(linears[0]):
         return _dense([linear.weight.detach() for linear in linears])
     if isinstance(linears[0], Int8Linear):
-        return _dense([linear.dequantized(dtype) for linear in linears])
+        data = torch.cat([linear.weight.detach() for linear in linears])
+        return _int8(data, torch.cat([linear.SCB for linear in linears]) / 127)
     states = [linear.weight.quant_state for linear in linears]
     if any(state.blocksize != NF4_BLOCK or state.shape[1] % NF4_BLOCK for state in states):
         return _dense([nf4_weight(linear, dtype) for linear in linears])
@@ -79,6 +81,14 @@ def held(linears: list[Any], dtype: torch.dtype) -> Matrix:
     scales = [nf4_scales(linear.weight) for linear in linears]
     shape = (sum(state.shape[0] for state in states), states[0].shape[1])
     return _nf4(torch.cat(packed), shape, torch.cat(scales))
+
+
+def rounded(linears: list[Any], _: torch.dtype) -> Matrix:
+    """Dense matrices with the same inputs as one in int8, one scale a row."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    scales = weight.abs().amax(1).float().clamp_min(1e-12) / 127
+    data = (weight / scales[:, None].to(weight.dtype)).round_().clamp_(-127, 127).to(torch.int8)
+    return _int8(data, scales)
 
 
 def packed(linears: list[Any], _: torch.dtype) -> Matrix:
@@ -97,6 +107,10 @@ def packed(linears: list[Any], _: torch.dtype) -> Matrix:
 def _dense(weights: list[Tensor]) -> Matrix:
     data = torch.cat(weights)
     return Matrix(data, (len(data), data.shape[1]))
+
+
+def _int8(data: Tensor, scales: Tensor) -> Matrix:
+    return Matrix(data, (len(data), data.shape[1]), scales)
 
 
 def _nf4(data: Tensor, shape: tuple[int, int], scales: Tensor) -> Matrix:
@@ -121,7 +135,7 @@ class Linear(nn.Module):
 
 
 def times(x: Tensor, weight: Matrix, operations: Any) -> Tensor:
-    """(T, K) -> (T, N); a large NF4 matrix is unpacked a piece at a time, for the memory's sake."""
+    """(T, K) -> (T, N); a large matrix is unpacked a piece at a time, for the memory's sake."""
     if weight.scales is None or weight.shape[0] <= UNPACKED_ROWS:
         return F.linear(x, dense(weight, x.dtype, operations))
     pieces = weight.slices(UNPACKED_ROWS)
@@ -129,13 +143,16 @@ def times(x: Tensor, weight: Matrix, operations: Any) -> Tensor:
 
 
 def dense(weight: Matrix, dtype: torch.dtype, operations: Any) -> Tensor:
-    """The matrix as a tensor; an NF4 one is unpacked for this use."""
+    """The matrix as a tensor; one that is not dense is unpacked for this use."""
     return weight.data if weight.scales is None else operations.unpack(weight, dtype)
 
 
 def unpack(weight: Matrix, dtype: torch.dtype) -> Tensor:
-    """An NF4 matrix in blocks of 64 as a dense one."""
-    assert weight.levels is not None and weight.scales is not None
+    """A matrix in int8, or in NF4 in blocks of 64, as a dense one."""
+    assert weight.scales is not None
+    if weight.levels is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
+        return torch.mul(weight.data, weight.scales[:, None], out=out)
     data = weight.data.int()
     values = weight.levels[torch.stack([data >> 4, data & 15], 1)].reshape(-1, NF4_BLOCK)
     return (values * weight.scales[:, None]).to(dtype).reshape(weight.shape)

@@ -274,8 +274,8 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `graph` on a GPU; on a CPU `unrolled`, for chunks `eager`. Of int8
-            weights `graph` makes dense ones, so for those `auto` takes `eager` on a GPU too.
+        engine: `auto` takes `graph` on a GPU; on a CPU `unrolled`, for chunks `eager`. With int8
+            weights `graph` has yet to be run on a GPU, so for those `auto` takes `eager` there too.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where

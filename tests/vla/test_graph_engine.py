@@ -83,7 +83,7 @@ def test_packing_without_bitsandbytes_is_what_bitsandbytes_does():
     assert matrix.nbytes == 128 * 96 // 2 + 128 * 96 // 64 * 4
 
 
-@pytest.mark.parametrize("hold", [matrices.held, matrices.packed])
+@pytest.mark.parametrize("hold", [matrices.held, matrices.rounded, matrices.packed])
 def test_a_matrix_in_pieces_is_the_matrix(hold, monkeypatch):
     layer, x = torch.nn.Linear(128, 100, bias=False), torch.randn(3, 128)
     matrix = hold([layer], torch.float32)
@@ -150,11 +150,12 @@ def test_a_prompt_longer_than_any_graph_is_answered_rightly_and_noted(caplog):
 
 
 @on_gpu
-def test_nf4_in_the_graph_gives_the_tokens_of_plain_arithmetic():
+@pytest.mark.parametrize("hold", [matrices.rounded, matrices.packed], ids=["int8", "nf4"])
+def test_quantized_the_graph_gives_the_tokens_of_plain_arithmetic(hold):
     kernels = pytest.importorskip("rlrc_ros.vla.kernels")
     config = bundle_config(((2, 2, 64), (2, 2, 128)))
     plain, engine = (
-        GraphEngine(random_model(config).cuda(), hold=matrices.packed, operations=operations)
+        GraphEngine(random_model(config).cuda(), hold=hold, operations=operations)
         for operations in (matrices, kernels)
     )
     for seed in range(4):

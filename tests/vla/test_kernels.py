@@ -34,7 +34,9 @@ def linear(rows, columns):
     return layer
 
 
-@pytest.mark.parametrize("hold", [matrices.held, matrices.packed], ids=["dense", "nf4"])
+@pytest.mark.parametrize(
+    "hold", [matrices.held, matrices.rounded, matrices.packed], ids=["dense", "int8", "nf4"]
+)
 @pytest.mark.parametrize(
     ("rows", "columns"), [(256, 128), (4098, 64), (192, 1088), (32, 704)], ids=str
 )

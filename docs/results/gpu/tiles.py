@@ -33,9 +33,15 @@ BYTES = 3e8
 REPETITIONS = 15
 
 
-def matrix(rows, columns, nf4):
-    if not nf4:
+FORMATS = ("bf16", "int8", "nf4")
+
+
+def matrix(rows, columns, kind):
+    if kind == "bf16":
         return Matrix(torch.randn(rows, columns, device="cuda").bfloat16(), (rows, columns))
+    if kind == "int8":
+        data = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device="cuda")
+        return Matrix(data, (rows, columns), torch.rand(rows, device="cuda"))
     data = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device="cuda")
     scales = torch.rand(rows * columns // 64, device="cuda")
     return Matrix(data, (rows, columns), scales, torch.tensor(NF4_LEVELS, device="cuda"))
@@ -64,20 +70,21 @@ def microseconds(work, count):
 def main():
     print(torch.cuda.get_device_name(), torch.__version__)
     chosen = kernels.gemv_blocks
-    for (name, (rows, columns, kind)), nf4 in itertools.product(SHAPES.items(), (False, True)):
+    for (name, (rows, columns, kind)), stored in itertools.product(SHAPES.items(), FORMATS):
         x = torch.randn(columns, device="cuda").bfloat16()
         out = torch.zeros(rows // 2 if kind == "gated" else rows, device="cuda").bfloat16()
         options = {"residual": True}
         if kind != "residual":
             options = {"gain": torch.ones_like(x), "eps": 1e-6, "gated": kind == "gated"}
-        count = max(2, min(40, int(BYTES / (rows * columns * (0.5625 if nf4 else 2)))))
-        held = [matrix(rows, columns, nf4) for _ in range(count)]
+        first = matrix(rows, columns, stored)
+        count = max(2, min(40, int(BYTES / first.nbytes)))
+        held = [first, *(matrix(rows, columns, stored) for _ in range(count - 1))]
 
         def work(held=held, x=x, out=out, options=options):
             for weight in held:
                 kernels.gemv(x, weight, out, **options)
 
-        now = chosen(len(out), columns, nf4, kind == "gated")
+        now = chosen(len(out), columns, stored == "nf4", kind == "gated")
         found = []
         for tile in [now, *TILES]:
             if tile[0] * tile[1] > 512 * 32 * tile[2] or tile[1] > 2 * columns:
@@ -85,9 +92,9 @@ def main():
             kernels.gemv_blocks = lambda *_, tile=tile: tile
             found.append((microseconds(work, count), tile))
         used, best = found[0], sorted(found[1:])[:5]
-        line = f"{name:<18}{'nf4' if nf4 else 'bf16':<5} now {used[0]:6.2f} {used[1]} | "
+        line = f"{name:<18}{stored:<5} now {used[0]:6.2f} {used[1]} | "
         line += "  ".join(f"{time:.2f} {tile}" for time, tile in best)
-        if not nf4:
+        if stored == "bf16":
             row = x[None]
             cublas = microseconds(lambda h=held, r=row: [F.linear(r, m.data) for m in h], count)
             line += f" | cuBLAS {cublas:.2f}"
