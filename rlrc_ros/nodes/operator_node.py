@@ -73,9 +73,7 @@ class OperatorNode(Node):
             PolicyCommand, "policy_command", self._on_command, QoSProfile(depth=10)
         )
         self.create_subscription(TwistStamped, "operator/twist", self._on_twist, common.COMMAND_QOS)
-        self.create_subscription(
-            Float64, "operator/gripper", self._on_gripper, common.COMMAND_QOS
-        )
+        self.create_subscription(Float64, "operator/gripper", self._on_gripper, common.COMMAND_QOS)
         self._cancel = self.create_client(CancelGoal, "policy/run_episode/_action/cancel_goal")
         self._recorder = RecorderClient(self, self._on_recorder_lost)
         # Of a group of their own: in the node's, nothing else would run while they wait.
@@ -141,14 +139,10 @@ class OperatorNode(Node):
         self._commands.publish(command)
         self._steps += 1
 
-    async def _take_over(
-        self, _: Trigger.Request, response: Trigger.Response
-    ) -> Trigger.Response:
+    async def _take_over(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         return await self._answer(response, self._begin)
 
-    async def _hand_back(
-        self, _: Trigger.Request, response: Trigger.Response
-    ) -> Trigger.Response:
+    async def _hand_back(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         async def end() -> str:
             if not self._episode_id:
                 raise UserError("nothing was taken over")
