@@ -18,12 +18,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from action_msgs.srv import CancelGoal
 from geometry_msgs.msg import TwistStamped
 from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.client import Client
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rlrc.msg import GuardStatus, PolicyCommand, PolicyStatus
@@ -58,7 +60,7 @@ class OperatorNode(Node):
         self._stopped = ""
         """Why the guard has stopped the arm; empty where it has not."""
         self._opening: float | None = None
-        """Last commanded opening of the gripper, by anybody."""
+        """Last commanded opening of the gripper, by a policy or the operator."""
         self._episode_id = ""
         """Of the takeover; empty where there is none."""
         self._busy = False
@@ -74,7 +76,9 @@ class OperatorNode(Node):
         )
         self.create_subscription(TwistStamped, "operator/twist", self._on_twist, common.COMMAND_QOS)
         self.create_subscription(Float64, "operator/gripper", self._on_gripper, common.COMMAND_QOS)
-        self._cancel = self.create_client(CancelGoal, "policy/run_episode/_action/cancel_goal")
+        self._cancel: Client[Any, Any] = self.create_client(
+            CancelGoal, "policy/run_episode/_action/cancel_goal"
+        )
         self._recorder = RecorderClient(self, self._on_recorder_lost)
         # Of a group of their own: in the node's, nothing else would run while they wait.
         apart = ReentrantCallbackGroup()
@@ -88,7 +92,7 @@ class OperatorNode(Node):
             return
         executor, deadline = self.executor, time.monotonic() + FAREWELL_TIME
         assert executor is not None
-        task = executor.create_task(self._end(execution.NODE_DEACTIVATED))
+        task = executor.create_task(self._end_quietly, execution.NODE_DEACTIVATED)
         while not task.done() and time.monotonic() < deadline:
             executor.spin_once(timeout_sec=0.1)
 
@@ -106,7 +110,8 @@ class OperatorNode(Node):
         self._end_soon(execution.RECORDING_LOST, reason)
 
     def _on_command(self, command: PolicyCommand) -> None:
-        if math.isfinite(command.gripper):
+        # Not what this node has sent itself: it comes late, and the stick may have moved on.
+        if command.policy_label != self._label and math.isfinite(command.gripper):
             self._opening = command.gripper
 
     def _on_gripper(self, message: Float64) -> None:
@@ -201,7 +206,12 @@ class OperatorNode(Node):
         if self._episode_id and not self._busy:
             self.get_logger().warning(f"{self._episode_id}: {reason}: {message}")
             assert self.executor is not None
-            self.executor.create_task(self._end(reason))
+            self.executor.create_task(self._end_quietly, reason)
+
+    async def _end_quietly(self, reason: str) -> None:
+        """As `_end`, where nobody waits for the answer; the log has it."""
+        with suppress(UserError):
+            await self._end(reason)
 
     async def _end(self, reason: str) -> str:
         """Stop the arm, close the bag; its URI."""

@@ -16,7 +16,7 @@ from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import CONTROL_RATE
 
 
-class ExpertArm(SimArmNode):
+class _ExpertArm(SimArmNode):
     def __init__(self) -> None:
         super().__init__()
         self._stick = self.create_publisher(TwistStamped, "operator/twist", common.COMMAND_QOS)
@@ -31,4 +31,4 @@ class ExpertArm(SimArmNode):
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(ExpertArm, ExpertArm.close))
+    sys.exit(common.run(_ExpertArm, _ExpertArm.close))

@@ -4,8 +4,8 @@
 
 Scene by scene the policy has 5 s. Where it is done by then, its bag is labelled a success. Where it
 is not, the bag is labelled a failure and `operator_node` takes over: the scripted expert goes on
-from there, in a bag of its own. Ends with so many of both; what came of every
-scene is in OUT/scenes.jsonl.
+from there, in a bag of its own. Ends with so many successes of both; what came of every scene is in
+OUT/scenes.jsonl.
 """
 
 import json
@@ -28,13 +28,13 @@ from rlrc_ros.trials.simulated import running_nodes
 PATIENCE, TAKEOVER = 5.0, 15.0  # s
 
 
-class ExpertArm(bringup.NodeSpec):
+class _ExpertArm(bringup.NodeSpec):
     def command(self):
         script = str(Path(__file__).with_name("expert_arm.py"))
         return [sys.executable, script, "--ros-args", *self.ros_arguments()]
 
 
-class Operator:
+class _Operator:
     """Who stands beside the arm: takes over, hands back, labels."""
 
     def __init__(self):
@@ -73,14 +73,15 @@ class Operator:
 policy, out = sys.argv[1], Path(sys.argv[2])
 successes, takeovers, scene = map(int, sys.argv[3:6] or (50, 25, 7_000_000))
 profile = load_profile("sim")
-specs = bringup.nodes(profile, output_dir=str((out / "bags").resolve()), policies={"policy": policy})
+bags = str((out / "bags").resolve())
+specs = bringup.nodes(profile, output_dir=bags, policies={"policy": policy})
 specs = [
-    ExpertArm(**vars(spec)) if spec.executable == "sim_arm_node" else spec for spec in specs
+    _ExpertArm(**vars(spec)) if spec.executable == "sim_arm_node" else spec for spec in specs
 ] + [bringup.NodeSpec("operator_node")]
 count = Counter()
 with running_nodes(specs, out / "logs") as alive, RobotClient() as robot:
     robot.wait_until_ready(alive)
-    operator = Operator()
+    operator = _Operator()
     with (out / "scenes.jsonl").open("a") as log:
         while count["success"] < successes or count["takeover success"] < takeovers:
             instruction = robot.reset_scene(scene).instruction
