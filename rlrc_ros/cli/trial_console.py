@@ -150,6 +150,7 @@ def _serve(
         app.on_shutdown.insert(0, stop_the_arm_first)
         address = _address(listening, token, "https" if tls else "http")
         emit(arguments, {"url": address}, f"{address}\nCtrl-C stops the arm and ends the console")
+        sys.stdout.flush()  # it goes on for hours, and may print into a file
         if token and not tls:
             print(f"warning: {address} is not encrypted (--plain-http)", file=sys.stderr)
         web.run_app(
