@@ -42,6 +42,8 @@ from rlrc_ros.nodes.recorder_client import RecorderClient
 
 PATIENCE = 10.0
 """s for the policy's episode to end and its bag to be closed."""
+SILENCE = 2.0
+"""s without a word that its episode runs, which comes with every step; then it does no more."""
 FAREWELL_TIME = 3.0
 """s that a takeover cut off by SIGINT or SIGTERM may take to close its bag."""
 
@@ -56,7 +58,8 @@ class OperatorNode(Node):
             raise UserError("parameter label is empty: the command guard takes nothing unlabelled")
         self._policy = PolicyStatus()
         """Of the last running episode, whatever came after."""
-        self._running = False
+        self._running_at = -math.inf
+        """When it last said that it runs; in the past once it has said that none does."""
         self._stopped = ""
         """Why the guard has stopped the arm; empty where it has not."""
         self._opening: float | None = None
@@ -97,9 +100,13 @@ class OperatorNode(Node):
             executor.spin_once(timeout_sec=0.1)
 
     def _on_policy(self, status: PolicyStatus) -> None:
-        self._running = status.state == "running"
-        if self._running:
+        running = status.state == "running"
+        self._running_at = time.monotonic() if running else -math.inf
+        if running:
             self._policy = status
+
+    def _policy_runs(self) -> bool:
+        return time.monotonic() - self._running_at < SILENCE
 
     def _on_guard(self, status: GuardStatus) -> None:
         self._stopped = status.reason if status.state == STOPPED else ""
@@ -191,15 +198,15 @@ class OperatorNode(Node):
             self._episode_id, self._steps = episode_id, 0
         finally:
             self._busy = False
-        self.get_logger().info(f"{episode_id}: the operator has the arm")
+        self.get_logger().info(f"{episode_id}: the operator has the arm, to {taken.instruction}")
         return self._uri
 
     async def _stop_policy(self) -> None:
-        if not self._running:
+        if not self._policy_runs():
             return
         # Names no goal, so all are meant (action_msgs/CancelGoal).
         self._cancel.call_async(CancelGoal.Request())
-        if not await common.until(self, lambda: not self._running, PATIENCE):
+        if not await common.until(self, lambda: not self._policy_runs(), PATIENCE):
             raise UserError(f"the policy's episode has not ended within {PATIENCE:g} s")
 
     def _end_soon(self, reason: str, message: str) -> None:
