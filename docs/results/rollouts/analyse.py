@@ -15,7 +15,7 @@ import numpy as np
 
 from rlrc_ros.trials.statistics import clopper_pearson, paired_difference
 
-ARMS = ("base", "rollouts", "corrections")
+ARMS = ("base", "rollouts", "corrections", "recorded")
 
 
 def _read(path):
