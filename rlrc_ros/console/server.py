@@ -168,7 +168,14 @@ class ConsoleServer:
         given = request.query.get("token")
         if given is not None and request.path == "/" and self._is_token(given):
             response = web.Response(status=303, headers={"Location": "/", **_HEADERS})
-            response.set_cookie(COOKIE, self._token, httponly=True, samesite="Strict", path="/")
+            response.set_cookie(
+                COOKIE,
+                self._token,
+                httponly=True,
+                samesite="Strict",
+                secure=request.secure,
+                path="/",
+            )
             return response
         if not self._is_token(request.cookies.get(COOKIE, "")):
             raise web.HTTPForbidden(text="open the address that the console printed, token and all")

@@ -19,11 +19,14 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.guard import STOPPED
 from rlrc_ros.messages.stamps import to_nanoseconds
 from rlrc_ros.nodes.attendance import attending
 
 ANSWER_TIME = 30.0
 """s for a service to answer."""
+STOP_TIME = 2.0
+"""s for the command guard to confirm an emergency stop."""
 FAREWELL_TIME = 5.0
 """s that leaving an episode may wait for the policy node to say that it has stopped the arm."""
 CLOCK_TOLERANCE = 0.5
@@ -75,6 +78,8 @@ class RobotClient:
             for name, kind in {
                 "policy/list_policies": ListPolicies,
                 "policy/finish_episode": Trigger,
+                "command_guard/emergency_stop": Trigger,
+                "command_guard/release": Trigger,
                 "recorder/label": LabelEpisode,
                 "sim_arm/reset": ResetScene,
             }.items()
@@ -157,6 +162,33 @@ class RobotClient:
         self._call("policy/finish_episode")
         if not self._until(is_idle, ANSWER_TIME):
             raise UserError("an episode is running and does not end; stop the policy node")
+
+    def stopped(self) -> str:
+        """Why the command guard has stopped the arm; empty where it has not."""
+        self._guard = None
+        if not self._until(lambda: self._guard is not None, STOP_TIME):
+            return "the command guard is silent"
+        assert self._guard is not None
+        return self._guard.reason if self._guard.state == STOPPED else ""
+
+    def emergency_stop(self) -> None:
+        """Have the command guard command zero at once, and stay so until it is released.
+
+        Raises:
+            UserError: it does not confirm: the arm has to be stopped by its own button.
+        """
+        try:
+            _check(self._call("command_guard/emergency_stop", STOP_TIME))
+        except UserError as error:
+            raise UserError(f"use the robot's own button: {error}") from None
+
+    def release(self) -> None:
+        """End a stop.
+
+        Raises:
+            UserError: the command guard refuses or does not answer.
+        """
+        _check(self._call("command_guard/release"))
 
     def policies(self) -> list[Any]:
         """What the policy node has loaded: rlrc/PolicyInfo."""
@@ -260,7 +292,7 @@ class RobotClient:
 
     def _call(self, name: str, timeout: float = ANSWER_TIME, **fields: Any) -> Any:
         client = self._clients[name]
-        if not self._until(client.service_is_ready, ANSWER_TIME):
+        if not self._until(client.service_is_ready, timeout):
             raise UserError(f"there is no service {name}; is its node running?")
         return self._wait(client.call_async(client.srv_type.Request(**fields)), timeout, name)
 

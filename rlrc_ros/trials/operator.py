@@ -52,23 +52,42 @@ class Operator:
                 self._say(f"  {text}")
         if step.start.image:
             self._say(f"  set the scene up as in {self._session.directory / step.start.image}")
-        while (answer := self._ask("[enter] start, [c] correct the last label, [q] quit: ")) != "":
+        while (answer := self._ask(self._offer())) != "" or self._robot.stopped():
             if answer == "q":
                 return False
             if answer == "c":
                 self._correct()
+            if answer == "e":
+                self._try(self._robot.emergency_stop)
+            if answer == "r":
+                self._try(self._robot.release)
         pressed: set[str] = set()
         with _keys() as keys:
-            self._say("running; [space] stop the arm, [d] the episode is over")
+            self._say("running; [space] stop the arm, [d] the episode is over, [e] emergency stop")
 
             def has(key: str) -> bool:
                 pressed.update(keys())
+                if "e" in pressed:
+                    pressed.remove("e")
+                    self._try(self._robot.emergency_stop)
                 return key in pressed
 
             trial = run_current(self._session, self._robot, lambda: has(" "), lambda: has("d"))
         told = f"{trial.termination_reason} after {trial.duration:.1f} s"
         self._say("; ".join(filter(None, (told, trial.message))))
         return True
+
+    def _offer(self) -> str:
+        """What can be done before a trial."""
+        if reason := self._robot.stopped():
+            return f"the arm is stopped ({reason}): [r] release it, [c] correct, [q] quit: "
+        return "[enter] start, [c] correct the last label, [e] emergency stop, [q] quit: "
+
+    def _try(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except UserError as error:
+            self._say(str(error))
 
     def _label(self, trial: Trial) -> bool:
         """Ask until there is a label or an exclusion; False where the operator leaves."""

@@ -111,7 +111,8 @@ class _Terms:
     margin: float
     """Non-inferiority margin δ, a difference of success rates: 0.1 is 10 percentage points."""
     alpha: float = 0.05
-    """Intervals are two-sided at 1 − alpha; non-inferiority errs in alpha / 2 at most."""
+    """Intervals are two-sided at 1 − alpha; non-inferiority errs in alpha / 2, at most with the
+    anytime rule, about with a fixed number (docs/results/trials.md has the worst cases)."""
     power: float = 0.8
     """Wanted probability to show non-inferiority where both arms are equally good."""
     assumed_success: float = 0.8

@@ -203,14 +203,25 @@ def test_a_person_at_a_terminal_is_led_through_a_trial(ros_environment, plan, pr
             says("operator_stop after")
             type_("x\n1\n\n")
             says("[enter] start", 4)
+            type_("\n")
+            says("[space] stop the arm", 3)
+            type_("e")
+            says("guard_stop after")
+            type_("f\nhit the table\n")
+            says("the arm is stopped (emergency stop): [r] release it")
+            type_("\n")
+            says("[r] release it", 2)
+            type_("r\n")
+            says("[enter] start", 5)
             type_("q\n")
             assert process.wait(60) == 0
-    first, second = read_trial(directory).trials
+    first, second, third = read_trial(directory).trials
     labels = [(label.outcome, label.score, label.operator) for label in first.labels]
     assert labels == [("partial", 40.0, "ann"), ("success", None, "ann")]
     assert (first.labels[0].notes, first.labels[1].reason) == ("nearly", "looked again")
     assert (second.termination_reason, second.excluded) == ("operator_stop", "a cable came loose")
-    assert read_trial(directory).current().index == 1
+    assert (third.termination_reason, third.outcome) == ("guard_stop", "failure")
+    assert read_trial(directory).current().index == 2
     assert not any(name in output.read_text() for name in plan.arms)
 
 
