@@ -95,7 +95,8 @@ def test_a_real_robot_gets_no_simulated_arm_and_its_own_topics():
     }
     assert list(nodes) == NODES[1:]
     assert nodes["command_guard_node"]["ee_command"] == profile.ee_command
-    assert nodes["policy_node"] == {"joint_states": profile.joint_states.topic}
+    topics = {"joint_states": profile.joint_states.topic, "ee_pose": profile.ee_pose}
+    assert nodes["policy_node"] == topics
 
 
 def test_sim_never_takes_the_profile_of_a_real_robot():
