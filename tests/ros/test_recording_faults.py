@@ -252,6 +252,19 @@ def test_two_nodes_that_fail_at_once_leave_a_stop_a_reason_and_a_bag(stack, numb
         stack.restart(name)
 
 
+def test_ctrl_c_on_all_of_them_leaves_a_result_and_a_bag_that_says_so(stack):
+    result = stack.begin("interrupted")
+    for name in (RECORDER, POLICY):
+        stack.send(name, signal.SIGINT)
+    assert stack.result(result).termination_reason == "node_deactivated"
+    assert [stack.processes[name].wait() for name in (RECORDER, POLICY)] == [0, 0]
+    report = verify(stack.bags / "interrupted")
+    assert report.ok and report.episode.termination_reason == "node_deactivated"
+    assert stack.stopped()
+    for name in (RECORDER, POLICY):
+        stack.restart(name)
+
+
 @pytest.fixture
 def clock(tmp_path):
     """(environment, set): a process with it has a system clock that `set` puts off by s."""
