@@ -12,7 +12,16 @@ from collections import deque
 from typing import NamedTuple
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.motion import Quaternion, Vector, added, multiplied, scaled, turn_quaternion, turned
+from rlrc_ros.motion import (
+    Quaternion,
+    Vector,
+    added,
+    is_rigid,
+    multiplied,
+    scaled,
+    turn_quaternion,
+    turned,
+)
 
 KEPT = 2.0
 """s of a frame's past. No older pose is ever of use: limits on age go no further."""
@@ -79,9 +88,7 @@ class Frames:
         Raises:
             UserError: it is not finite, or its rotation no unit quaternion.
         """
-        _, position, orientation = transform
-        finite = all(map(math.isfinite, position))
-        if not finite or not abs(math.hypot(*orientation) - 1.0) < 0.01:
+        if not is_rigid(transform.position, transform.orientation):
             raise UserError(f"the transform of '{child}' in '{parent}' is no rigid motion")
         parent, child = parent.lstrip("/"), child.lstrip("/")  # as ROS 1 wrote them
         frame = self._frames.get(child)
