@@ -204,8 +204,6 @@ def test_a_pose_that_is_to_be_computed_is_computed(ros, problems):
 
     ros.node.create_timer(1 / 50, send)
     assert not problems(**by_tf)
-    at["base"] = 2.0
-    assert problems(**by_tf)["ee_pose"].startswith("the arm is outside of its workspace, at 2.000")
     del at["base"]
     why = "no way between base and tcp: above tcp there is 'mount', above base 'base'"
     assert problems(**by_tf) == {"ee_pose": why}
@@ -216,6 +214,3 @@ def test_a_pose_that_is_to_be_computed_is_computed(ros, problems):
     description = ros.node.create_publisher(String, "robot_description", LATCHED)
     description.publish(String(data=panda()))
     assert "the arm is outside of its workspace" in problems(**by_joints)["ee_pose"]
-    description.publish(String(data=panda().replace("tcp", "tip")))
-    why = "robot_description: no way from link0 to tcp: there is no link tcp"
-    assert problems(**by_joints) == {"ee_pose": why}
