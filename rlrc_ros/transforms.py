@@ -116,7 +116,7 @@ class Frames:
             raise UserError(f"nothing moves {pair}: all transforms are static")
         stamp_ns = min(frame.past[-1].stamp_ns for frame in moving)
         if any(frame.past[0].stamp_ns > stamp_ns for frame in moving):
-            raise UserError(f"a frame {pair} is more than {KEPT:g} s behind the others")
+            raise UserError(f"the frames {pair} have no time in common: one is behind the others")
         tool, base = _chained(down, stamp_ns), _chained(up, stamp_ns)
         x, y, z, w = base.orientation
         back = (-x, -y, -z, w)
