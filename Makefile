@@ -5,7 +5,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-INTERFACES := $(wildcard msg/*.msg srv/*.srv action/*.action)
+INTERFACES := $(wildcard msg/*.msg srv/*.srv action/*.action scripts/tf2_message/* scripts/tf2_message/msg/*)
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .PHONY: demo test lint env clean

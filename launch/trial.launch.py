@@ -13,7 +13,7 @@ then, beside it, the operator's side, as often as it takes:
 from pathlib import Path
 
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.actions import OpaqueFunction
 from launch_ros.actions import Node
 
 from rlrc_ros import bringup, launching
@@ -27,8 +27,10 @@ def generate_launch_description() -> LaunchDescription:
     """What `ros2 launch` runs."""
     return LaunchDescription(
         [
-            DeclareLaunchArgument("dir", description="the trial's directory"),
-            *launching.arguments("device", "dry_run", "use_sim_time", "enclave"),
+            *launching.arguments(
+                *("device", "dry_run", "use_sim_time", "enclave"),
+                dir="the trial's directory, as `rlrc trial begin` made it",
+            ),
             OpaqueFunction(function=_nodes),
         ]
     )

@@ -132,7 +132,11 @@ def nodes(
         specs.append(
             NodeSpec(
                 "ee_pose_node",
-                {"base_frame": profile.base_frame, "ee_frame": profile.ee_frame},
+                {
+                    "base_frame": profile.base_frame,
+                    "ee_frame": profile.ee_frame,
+                    "source": profile.ee_pose_source,
+                },
                 {"joint_states": joints.topic, "ee_pose": profile.ee_pose},
             )
         )

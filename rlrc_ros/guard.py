@@ -37,6 +37,7 @@ from rlrc_ros.motion import (
     clamped,
     cross,
     dot,
+    pose_problem,
     rotated,
     scaled,
     toward,
@@ -363,12 +364,9 @@ class Guard:
             return ""
         if self._pose is None:
             return "no ee_pose yet, and there are limits to keep that need it"
-        if self._pose.frame_id != self.limits.base_frame:
-            return f"ee_pose is in frame {self._pose.frame_id!r}, not {self.limits.base_frame!r}"
-        if not all(map(math.isfinite, (*self._pose.position, *self._pose.orientation))):
-            return "ee_pose is not finite"
-        if not abs(math.hypot(*self._pose.orientation) - 1.0) < 0.01:
-            return "the orientation of ee_pose is no unit quaternion"
+        pose, base_frame = self._pose, self.limits.base_frame
+        if problem := pose_problem(pose.frame_id, pose.position, pose.orientation, base_frame):
+            return f"ee_pose: {problem}"
         age = self._pose_age(now)
         if not abs(age) <= self.limits.pose_timeout:
             return f"ee_pose is older than {self.limits.pose_timeout:g} s, or of the future"

@@ -5,11 +5,13 @@ Only for `ros2 launch`, whose libraries come with the ROS distribution.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
-from launch import LaunchContext
-from launch.actions import DeclareLaunchArgument, Shutdown
+from launch import LaunchContext, LaunchDescriptionEntity
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
+from launch.events.process import ProcessExited
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
@@ -59,9 +61,26 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def arguments(*names: str) -> list[DeclareLaunchArgument]:
-    """Declarations of the arguments by these names."""
-    return [DeclareLaunchArgument(name, **_ARGUMENTS[name]) for name in names]
+def arguments(*names: str, **others: str) -> list[LaunchDescriptionEntity]:
+    """Declarations of a launch file's arguments, and a look for misspelled ones.
+
+    Args:
+        names: of those that launch files share.
+        others: descriptions of the file's own, by name.
+    """
+    own = [DeclareLaunchArgument(name, description=text) for name, text in others.items()]
+    shared = [DeclareLaunchArgument(name, **_ARGUMENTS[name]) for name in names]
+    return [OpaqueFunction(function=_refuse_misspelled, args=[[*others, *names]]), *own, *shared]
+
+
+def _refuse_misspelled(context: LaunchContext, known: list[str]) -> None:
+    """`ros2 launch` passes over arguments that it does not know: `dryrun:=true` moves the arm."""
+    for word in context.argv:
+        name, given, _ = word.partition(":=")
+        # Not every stranger: it may belong to a launch file that includes this one.
+        close = difflib.get_close_matches(name, known, n=1)
+        if given and name not in known and close:
+            raise UserError(f"there is no argument '{name}'; did you mean '{close[0]}'?")
 
 
 def argument(context: LaunchContext, name: str) -> str:
@@ -89,7 +108,10 @@ def specs(context: LaunchContext, robot: RobotProfile) -> list[bringup.NodeSpec]
 
 
 def actions(nodes: list[bringup.NodeSpec]) -> list[Node]:
-    """Launch actions that start the nodes; when one of them ends, all are stopped."""
+    """Launch actions that start the nodes; when one of them ends, all are stopped.
+
+    `ros2 launch` has exit status 1 where one ended by itself with another status than 0.
+    """
     return [
         Node(
             package="rlrc",
@@ -98,10 +120,18 @@ def actions(nodes: list[bringup.NodeSpec]) -> list[Node]:
             ros_arguments=spec.ros_arguments(),
             additional_env=bringup.TRANSPORT_ENVIRONMENT,
             output="screen",
-            on_exit=Shutdown(),
+            on_exit=_ended,
         )
         for spec in nodes
     ]
+
+
+def _ended(event: ProcessExited, context: LaunchContext) -> Shutdown | None:
+    if context.is_shutdown:
+        return None
+    if event.returncode:
+        raise UserError(f"{event.process_name} has ended, and all nodes are stopped")
+    return Shutdown(reason=f"{event.process_name} has ended")
 
 
 def words(text: str) -> list[str]:

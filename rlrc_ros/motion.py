@@ -102,6 +102,20 @@ def turn_between(a: Quaternion, b: Quaternion) -> float:
     return 2.0 * math.atan2(math.hypot(x, y, z), abs(w))
 
 
+def pose_problem(frame: str, position: Vector, orientation: Quaternion, base_frame: str) -> str:
+    """Why a pose in a frame is of no use to who wants it in `base_frame`; empty where it is."""
+    if frame != base_frame:
+        return f"it is in frame '{frame}', base_frame is '{base_frame}'"
+    if not is_rigid(position, orientation):
+        return "it is not finite, or its orientation is no unit quaternion"
+    return ""
+
+
+def is_rigid(position: Vector, orientation: Quaternion) -> bool:
+    """Whether both are finite, and the orientation of unit length within 1%."""
+    return all(map(math.isfinite, position)) and abs(math.hypot(*orientation) - 1.0) < 0.01
+
+
 def clamped(vector: Vector, bounds: Bounds) -> Vector:
     """The vector with each axis within its bounds."""
     x, y, z = (

@@ -93,8 +93,12 @@ class RobotProfile:
     ee_pose_max_age: float = 0.1
     """s, of the pose's stamp when a policy that takes it looks; older, and the step is skipped."""
     ee_frame: str = ""
-    """The link whose pose to compute from joint states and /robot_description and publish there,
-    where the driver gives none; empty: it does."""
+    """The frame whose pose `ee_pose_node` is to publish there, where the driver gives none; empty:
+    it does."""
+    ee_pose_source: Literal["joint_states", "tf"] = "joint_states"
+    """What that pose is computed from: joint_states, with the URDF on robot_description; or tf, the
+    transforms between `base_frame` and `ee_frame` on /tf and /tf_static, for frames that the URDF
+    has not, such as a calibrated tool's."""
     ee_command: str
     """Topic of the arm's Cartesian controller."""
     ee_command_type: Literal["twist", "pose"] = "twist"
@@ -133,6 +137,8 @@ class RobotProfile:
             _refuse_empty(f"{key}.topic", source.topic)
         for key in ("base_frame", "ee_pose", "ee_command", "gripper_command"):
             _refuse_empty(key, getattr(self, key))
+        if self.ee_pose_source == "tf" and not self.ee_frame.strip():
+            raise UserError("ee_frame is empty: ee_pose_source tf needs the tool's frame")
         if not 0.0 < self.ee_pose_max_age <= 2.0:
             age = self.ee_pose_max_age
             raise UserError(f"ee_pose_max_age is {age}: it must be s above 0 and at most 2")

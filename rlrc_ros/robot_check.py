@@ -27,6 +27,7 @@ from rlrc_ros.messages.ee_pose import pose_problem
 from rlrc_ros.messages.image import image_to_rgb
 from rlrc_ros.messages.joint_state import ordered_positions
 from rlrc_ros.messages.stamps import to_nanoseconds
+from rlrc_ros.nodes import ee_pose_source
 from rlrc_ros.nodes.common import COMMAND_QOS, SENSOR_QOS
 from rlrc_ros.profile import RobotProfile
 from rlrc_ros.vla.config import BundleConfig
@@ -58,26 +59,63 @@ class Finding:
     detail: str
 
 
-class _Listener:
-    """What has come on one topic."""
+class _Seen:
+    """What has come of one source."""
 
-    def __init__(self, node: Node, topic: str, kind: type) -> None:
+    def __init__(self, node: Node) -> None:
         self.count, self.last, self.oldest = 0, None, 0.0
         self._node, self._times = node, (0.0, 0.0)
-        self.subscription = node.create_subscription(kind, topic, self._take, SENSOR_QOS)
 
-    def _take(self, message: Any) -> None:
+    def take(self, message: Any) -> None:
+        """Count it, and note when it came and how far its stamp is from now."""
         now = time.monotonic()
         self._times = (self._times[0] if self.count else now, now)
         self.count, self.last = self.count + 1, message
         age = self._node.get_clock().now().nanoseconds - to_nanoseconds(message.header.stamp)
         self.oldest = max(self.oldest, abs(age * 1e-9))
 
+    def forget(self) -> None:
+        """Count from now on."""
+        self.count, self.oldest = 0, 0.0
+
     @property
     def rate(self) -> float:
         """Hz, between the first message and the last."""
         first, last = self._times
         return (self.count - 1) / (last - first) if last > first else 0.0
+
+
+class _Listener(_Seen):
+    """What has come on one topic."""
+
+    def __init__(self, node: Node, topic: str, kind: type) -> None:
+        super().__init__(node)
+        self.subscription = node.create_subscription(kind, topic, self.take, SENSOR_QOS)
+
+
+class _ComputedPose(_Seen):
+    """Poses as `ee_pose_node`, which the launch file starts, is going to compute them."""
+
+    def __init__(self, node: Node, profile: RobotProfile) -> None:
+        super().__init__(node)
+        self.source, self.complaint = profile.ee_pose_source, ""
+        frames = profile.base_frame, profile.ee_frame
+        topic = profile.joint_states.topic
+        ee_pose_source.listen(node, self.source, *frames, self.take, self._complain, topic)
+
+    def _complain(self, problem: str) -> None:
+        self.complaint = problem
+
+    def problem(self, node: Node, seconds: float) -> str:
+        """Why there is none; empty where there is."""
+        if self.count:
+            return ""
+        origins = {"tf": "/tf", "joint_states": node.resolve_topic_name("robot_description")}
+        if not node.count_publishers(origins[self.source]):
+            return f"nobody publishes {origins[self.source]}, which it is computed from"
+        return (
+            self.complaint or f"it could not be computed in {seconds:g} s: {self.source} is silent"
+        )
 
 
 def check(
@@ -105,16 +143,20 @@ def check(
             for name, camera in profile.cameras.items()
         }
         inputs["joint_states"] = profile.joint_states.topic, JointState
-        if not profile.ee_frame:  # else the launch file starts what publishes it
+        if not profile.ee_frame:
             inputs["ee_pose"] = profile.ee_pose, PoseStamped
         listeners = {part: _Listener(node, *source) for part, source in inputs.items()}
+        computed = _ComputedPose(node, profile) if profile.ee_frame else None
+        seen: list[_Seen] = [*listeners.values(), *filter(None, [computed])]
         _spin(executor, discovery)
-        for listener in listeners.values():
-            listener.count, listener.oldest = 0, 0.0
+        for source in seen:
+            source.forget()
         _spin(executor, seconds)
         findings = [
             _input(node, profile, part, listener, seconds) for part, listener in listeners.items()
         ]
+        if computed is not None:
+            findings.append(_computed_pose(node, profile, computed, seconds))
         wanted = {"ee_command": COMMAND_TYPES[profile.ee_command_type]}
         if profile.gripper_command_type == "array":
             wanted["gripper_command"] = "std_msgs/msg/Float64MultiArray"
@@ -155,6 +197,20 @@ def _input(
         problem = f"it is published, but nothing came in {seconds:g} s; is the driver running?"
     if problem or listener.last is None:
         return Finding(part, topic, problem, "")
+    return _judged(profile, part, topic, listener)
+
+
+def _computed_pose(
+    node: Node, profile: RobotProfile, seen: _ComputedPose, seconds: float
+) -> Finding:
+    topic = f"{profile.ee_frame} by {seen.source}"
+    if problem := seen.problem(node, seconds):
+        return Finding("ee_pose", topic, problem, "")
+    return _judged(profile, "ee_pose", topic, seen)
+
+
+def _judged(profile: RobotProfile, part: str, topic: str, listener: _Seen) -> Finding:
+    """Whether what came will do, and came often and young enough."""
     detail = f"{listener.rate:.1f} Hz, stamps at most {listener.oldest:.3f} s old"
     if part == "ee_pose":
         judge: Callable[[], str] = partial(_pose_problem, profile, listener.last)

@@ -7,8 +7,8 @@ does all of it.
 
 The wheels' CMake targets name the Python that they were built with; they are pointed at this
 interpreter first (which changes nothing the second time). Then colcon builds the package's
-interfaces and installs them into the environment's own prefix, where the wheels' libraries lie, so
-that `rlrc.msg` imports with nothing sourced.
+interfaces, and the message of /tf, which no wheel has, and installs them into the environment's own
+prefix, where the wheels' libraries lie, so that `rlrc.msg` imports with nothing sourced.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> int:
     }
     command = [
         str(PREFIX / "bin" / "colcon"), "--log-base", str(BUILD / "log"), "build",
-        "--base-paths", str(REPOSITORY), "--packages-select", "rlrc",
+        "--base-paths", str(REPOSITORY), str(REPOSITORY / "scripts" / "tf2_message"),
+        "--packages-select", "rlrc", "tf2_msgs",
         "--build-base", str(BUILD / "build"), "--install-base", str(PREFIX), "--merge-install",
         "--cmake-args", "-DRLRC_INTERFACES_ONLY=ON", "-DBUILD_TESTING=OFF",
         f"-DPython3_EXECUTABLE={sys.executable}",
@@ -70,7 +71,7 @@ def main() -> int:
         )
         return built.returncode
     return subprocess.run(
-        [sys.executable, "-c", "import rlrc.action, rlrc.msg, rlrc.srv"]
+        [sys.executable, "-c", "import rlrc.action, rlrc.msg, rlrc.srv, tf2_msgs.msg"]
     ).returncode
 
 

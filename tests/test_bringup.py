@@ -46,7 +46,11 @@ def test_a_controller_of_poses_the_grippers_unit_and_the_arms_pose_reach_the_nod
     assert guard["output"] == "pose" and guard["gripper_command_open"] == 1.0
     assert guard["cone_axis"] == [0.0, 0.0, -1.0] and guard["max_tilt"] == 0.6
     listed = specs("so101")
-    assert listed["ee_pose_node"].parameters == {"base_frame": "world", "ee_frame": "gripper"}
+    assert listed["ee_pose_node"].parameters == {
+        "base_frame": "world",
+        "ee_frame": "gripper",
+        "source": "joint_states",
+    }
     assert listed["ee_pose_node"].remappings["ee_pose"] == "/ee_pose"
     assert listed["command_guard_node"].parameters["gripper_command_closed"] == -0.17
 

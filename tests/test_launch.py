@@ -1,5 +1,6 @@
 """The launch files; they need ROS's own `launch`, which is not on PyPI."""
 
+import contextlib
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ def text(context, value):
 
 def launched(file, **arguments):
     """The nodes that a launch file would start: [(executable, parameters, remappings, env)]."""
-    context = LaunchContext()
+    context = LaunchContext(argv=[f"{name}:={value}" for name, value in arguments.items()])
     context.launch_configurations.update(arguments)
     waiting = [get_launch_description_from_python_launch_file(str(LAUNCH / file))]
     found = []
@@ -95,7 +96,8 @@ def test_a_real_robot_gets_no_simulated_arm_and_its_own_topics():
     }
     assert list(nodes) == NODES[1:]
     assert nodes["command_guard_node"]["ee_command"] == profile.ee_command
-    assert nodes["policy_node"] == {"joint_states": profile.joint_states.topic}
+    topics = {"joint_states": profile.joint_states.topic, "ee_pose": profile.ee_pose}
+    assert nodes["policy_node"] == topics
 
 
 def test_sim_never_takes_the_profile_of_a_real_robot():
@@ -155,6 +157,7 @@ def test_a_trials_nodes_get_its_sealed_policies_and_its_directory(make_bundle, t
         ({"profile": "BAD"}, "unknown key 'base_fram'; did you mean 'base_frame'?"),
         ({"policies": "A"}, "policies: 'A' is not LABEL=BUNDLE"),
         ({"policies": "A=x,A=y"}, "policies: there are two called 'A'"),
+        ({"dryrun": "true"}, "there is no argument 'dryrun'; did you mean 'dry_run'?"),
         ({"dry_run": "yes"}, '"dry_run" provided value "yes" is not valid'),
         ({"profile": None}, '"profile" was not provided'),
     ],
@@ -184,34 +187,56 @@ def in_workspace():
         return False
 
 
-@pytest.mark.skipif(not in_workspace(), reason="needs a sourced workspace with this package")
-def test_ros2_launch_brings_everything_up_and_down(make_bundle, tmp_path):
-    bundle = make_bundle("a bundle").path
+@pytest.fixture
+def ros2_launch(tmp_path):
+    """ros2_launch(words …) → (process, its output's file)."""
     environment = {
         "ROS_DOMAIN_ID": str(random.SystemRandom().randint(1, 101)),
         "ROS_LOG_DIR": str(tmp_path / "log"),
         "PYTHONUNBUFFERED": "1",
     }
-    log = tmp_path / "output"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            ["ros2", "launch", "rlrc", "sim.launch.py", f"policies:=A={bundle}", "dry_run:=true"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
-            cwd=tmp_path,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while "ready for episodes" not in log.read_text() and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        assert "ready for episodes" in log.read_text(), log.read_text()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
+    log, processes = tmp_path / "output", []
+
+    def launch(*words):
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                ["ros2", "launch", "rlrc", *words],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+                cwd=tmp_path,
+                start_new_session=True,
+            )
+        processes.append(process)
+        return process, log
+
+    yield launch
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not in_workspace(), reason="needs a sourced workspace with this package")
+def test_ros2_launch_brings_everything_up_and_down(make_bundle, tmp_path, ros2_launch):
+    bundle = make_bundle("a bundle").path
+    process, log = ros2_launch("sim.launch.py", f"policies:=A={bundle}", "dry_run:=true")
+    deadline = time.monotonic() + 180
+    while "ready for episodes" not in log.read_text() and time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    assert "ready for episodes" in log.read_text(), log.read_text()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
     printed = log.read_text()
     assert f"bags go to {tmp_path / 'rollouts'}" in printed
     assert printed.count("process has finished cleanly") == len(NODES), printed
+
+
+@pytest.mark.skipif(not in_workspace(), reason="needs a sourced workspace with this package")
+def test_a_node_that_ends_by_itself_ends_all_of_them_and_fails_the_launch(ros2_launch):
+    process, log = ros2_launch("sim.launch.py", "policies:=A=/nowhere")
+    assert process.wait(180) == 1
+    printed = log.read_text()
+    assert "/nowhere: no such bundle directory" in printed
+    assert "policy_node-4 has ended, and all nodes are stopped" in printed
+    assert printed.count("process has finished cleanly") == len(NODES) - 1, printed

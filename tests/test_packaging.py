@@ -37,7 +37,7 @@ DISTRIBUTIONS = {
 ROS = re.compile(r"rclpy|cv_bridge|\w+_(?:msgs|srvs|interfaces)")
 WITH_TORCH = {"triton"}
 """Comes with PyTorch for a GPU, and is done without elsewhere."""
-NOT_ON_PYPI = {"ament_index_python", "control_msgs", "launch", "launch_ros"}
+NOT_ON_PYPI = {"ament_index_python", "control_msgs", "launch", "launch_ros", "tf2_msgs"}
 TRAINING_EXTRAS = {"gymnasium", "mujoco", "stable_baselines3", "torch_pruning"}
 OURS = {"rlrc", "rlrc_ros", "tests", "training"}
 FUTURE = {"compression"}

@@ -81,6 +81,8 @@ NAN = float("nan")
         (("cameras", "front"), {"min_rate": 0.0}, "cameras.front.min_rate is 0.0: it must be Hz"),
         ((), {"max_skew": 0.0}, "max_skew is 0.0: it must be s above 0"),
         ((), {"ee_command_type": "joints"}, "ee_command_type"),
+        ((), {"ee_pose_source": "tf"}, "ee_frame is empty: ee_pose_source tf needs the tool's"),
+        ((), {"ee_pose_source": "camera", "ee_frame": "tool"}, "ee_pose_source"),
         ((), {"gripper_command_type": "servo"}, "gripper_command_type"),
         ((), {"gripper_command_type": "action"}, "the simulated arm takes an array, on a topic"),
         ((), {"gripper_max_effort": -1.0}, "gripper_max_effort is -1.0: give 0 to 1000"),

@@ -21,7 +21,7 @@ from std_srvs.srv import Trigger
 from rlrc_ros.errors import UserError
 from rlrc_ros.guard import STOPPED
 from rlrc_ros.messages.image import image_to_rgb
-from rlrc_ros.nodes import common
+from rlrc_ros.nodes import common, dead_ports
 from rlrc_ros.profile import RobotProfile
 
 FREE, ABSENT = "free", "absent"
@@ -66,7 +66,8 @@ class RobotMonitor:
         self._guard: tuple[float, GuardStatus] | None = None
         self._context = rclpy.Context()
         rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
-        self._node = rclpy.create_node("rlrc_console", context=self._context)
+        with dead_ports.avoided():
+            self._node = rclpy.create_node("rlrc_console", context=self._context)
         for name, camera in profile.cameras.items():
             kind = CompressedImage if camera.compressed else Image
             keep = partial(self._on_picture, name)

@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlrc_ros import motion
 from rlrc_ros.motion import Vector, scaled, unit
 
 
 def pose_problem(message: Any, base_frame: str) -> str:
     """Why a pose is of no use; empty where it is."""
-    if message.header.frame_id != base_frame:
-        return f"it is in frame '{message.header.frame_id}', base_frame is '{base_frame}'"
     place, q = message.pose.position, message.pose.orientation
-    finite = all(map(math.isfinite, (place.x, place.y, place.z)))
-    if not finite or not abs(math.hypot(q.x, q.y, q.z, q.w) - 1.0) < 0.01:
-        return "it is not finite, or its orientation is no unit quaternion"
-    return ""
+    position, orientation = (place.x, place.y, place.z), (q.x, q.y, q.z, q.w)
+    return motion.pose_problem(message.header.frame_id, position, orientation, base_frame)
 
 
 def pose_vector(message: Any, near: Sequence[float]) -> NDArray[np.float64]:

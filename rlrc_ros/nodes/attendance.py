@@ -90,6 +90,11 @@ class Attendance:
             self.come = self.present = True
 
     @property
+    def attends(self) -> bool:
+        """Whether there is such a client and it is there."""
+        return self._subscription is not None and self.present
+
+    @property
     def lost(self) -> bool:
         """Whether the client has gone, be it back or not, or has not come in DISCOVERY_TIME."""
         return self._gone or not (self.come or time.monotonic() - self._began < DISCOVERY_TIME)

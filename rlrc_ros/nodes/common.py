@@ -28,6 +28,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.task import Future
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.nodes import dead_ports
 
 N = TypeVar("N", bound=Node)
 
@@ -83,7 +84,8 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
         except RuntimeError as error:  # ROS arguments that rcl cannot parse
             raise UserError(str(error).splitlines()[0]) from None
         try:
-            node = make_node()
+            with dead_ports.avoided():
+                node = make_node()
         except RCLError as error:  # security that is asked for and cannot be had
             raise UserError(str(error).splitlines()[0]) from None
     except UserError as error:

@@ -38,7 +38,7 @@ from rlrc_ros.guard import STOPPED
 from rlrc_ros.messages.command import action_to_twist, policy_command
 from rlrc_ros.messages.observation import Gripper
 from rlrc_ros.messages.stamps import to_stamp
-from rlrc_ros.nodes import attendance, common
+from rlrc_ros.nodes import attendance, common, policy_reports
 from rlrc_ros.nodes.attendance import Attendance
 from rlrc_ros.nodes.recorder_client import RecorderClient
 from rlrc_ros.nodes.sensors import listen, listen_as_asked
@@ -320,7 +320,7 @@ class PolicyNode(LifecycleNode):
         try:
             await self._act(episode, handle)
         finally:
-            self._tell(episode, result)
+            policy_reports.fill_result(result, episode)
             if result.bag_uri:
                 problem = await self._recorder.stop(episode.episode_id, result.termination_reason)
                 if problem:
@@ -367,14 +367,7 @@ class PolicyNode(LifecycleNode):
             if self._attendance is not None and self._attendance.lost:
                 self.end_episode(execution.CLIENT_LOST, "the process that ran it is gone")
             self._publish_status()
-            statistics = episode.statistics
-            handle.publish_feedback(
-                RunEpisode.Feedback(
-                    step=statistics.steps,
-                    rate=0.0 if self._blind else statistics.rate(),
-                    observation_age=0.0 if self._blind else statistics.observation_age,
-                )
-            )
+            handle.publish_feedback(policy_reports.feedback(episode, self._blind))
             if episode.ended and not episode.busy and not done.done():
                 done.set_result(None)
 
@@ -440,15 +433,6 @@ class PolicyNode(LifecycleNode):
             observed=looked,
         )
         self._commands.publish(command)
-
-    def _tell(self, episode: Episode, result: RunEpisode.Result) -> None:
-        statistics = episode.statistics
-        result.termination_reason, result.message = episode.termination_reason, episode.message
-        result.steps = statistics.steps
-        result.deadline_misses = statistics.deadline_misses
-        result.skipped_steps = statistics.skipped_steps
-        result.latency_ms_p50 = statistics.percentile(50)
-        result.latency_ms_p99 = statistics.percentile(99)
 
     async def _record(self, episode: Episode) -> str:
         request = StartRecording.Request(
@@ -520,13 +504,9 @@ class PolicyNode(LifecycleNode):
         if episode is not None:
             message = f"running {episode.episode_id}"
         if episode is not None and not self._blind:
-            statistics = episode.statistics
-            values |= {"steps": statistics.steps, "deadline misses": statistics.deadline_misses}
-            values |= {"skipped steps": statistics.skipped_steps}
-            values |= {"latency p50 ms": round(statistics.percentile(50), 1)}
-            values |= {"latency p99 ms": round(statistics.percentile(99), 1)}
-            if statistics.skip_reason:
-                level, message = DiagnosticStatus.WARN, statistics.skip_reason
+            values |= policy_reports.diagnostic_values(episode)
+            if reason := episode.statistics.skip_reason:
+                level, message = DiagnosticStatus.WARN, reason
         elif episode is None and active and self._last:
             level, message = DiagnosticStatus.WARN, f"ready; {self._last}"
         values["command guard"] = self._guard.state if self._guard else "not heard"
@@ -538,23 +518,8 @@ class PolicyNode(LifecycleNode):
     def _publish_status(self) -> None:
         status = PolicyStatus(state="idle", policy_label=self._store.active)
         status.header.stamp = self.get_clock().now().to_msg()
-        episode = self._episode
-        if episode is not None:
-            status.state, status.policy_label = "running", episode.label
-            status.episode_id, status.instruction = episode.episode_id, episode.instruction
-            status.step = episode.statistics.steps
-        if episode is not None and not self._blind:
-            statistics = episode.statistics
-            status.bundle_hash = episode.policy.hash
-            status.observation_age = statistics.observation_age
-            status.preprocess_ms = statistics.last_ms.get("preprocess", 0.0)
-            status.inference_ms = statistics.last_ms.get("inference", 0.0)
-            status.total_ms = statistics.last_ms.get("total", 0.0)
-            status.total_ms_p50 = statistics.percentile(50)
-            status.total_ms_p99 = statistics.percentile(99)
-            status.deadline_misses = statistics.deadline_misses
-            status.skipped_steps = statistics.skipped_steps
-            status.skip_reason = statistics.skip_reason
+        if self._episode is not None:
+            policy_reports.fill_status(status, self._episode, self._blind)
         self._status.publish(status)
 
     def _hash(self, policy: Policy) -> str:

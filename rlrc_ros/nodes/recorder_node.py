@@ -44,6 +44,8 @@ FORSAKEN_LOOKS = 10
 """So many looks in a row without a sign of life of who asked for it end a recording. Not one: who
 was frozen may thaw, and if the recorder itself was, the other is found anew and may have more to
 say."""
+FAREWELL_TIME = 2.0
+"""s that who asked for a recording has to say how it ended, when the process is to end."""
 IDLE, RECORDING, FAILED = "idle", "recording", "failed"
 _NOT_RECORDED = ("/rosout", "/parameter_events")
 
@@ -99,10 +101,18 @@ class RecorderNode(Node):
         self.create_timer(1.0, self._report, clock=common.STEADY_CLOCK)
         self.get_logger().info(f"bags go to {self._output_dir}")
 
-    def finish(self) -> None:
-        """Close the bag that is open, if one is."""
+    def leave(self) -> None:
+        """Before the process ends: close the bag that is open, if one is.
+
+        Whoever asked for it, told to end by the same Ctrl-C, gets to say how the episode ended.
+        """
+        executor, deadline = self.executor, time.monotonic() + FAREWELL_TIME
+        assert executor is not None
+        while self._client is not None and self._client.attends and time.monotonic() < deadline:
+            executor.spin_once(timeout_sec=0.1)
         if self._recording is not None:
-            self._close(self._recording, "recorder_shutdown")
+            lost = self._client is not None and self._client.lost
+            self._close(self._recording, "client_lost" if lost else "recorder_shutdown")
 
     def _on_start(
         self, request: StartRecording.Request, response: StartRecording.Response
@@ -295,7 +305,7 @@ def _drops(recording: Recording) -> str:
 
 def main() -> int:
     """Run the node."""
-    return common.run(RecorderNode, RecorderNode.finish)
+    return common.run(RecorderNode, RecorderNode.leave)
 
 
 if __name__ == "__main__":

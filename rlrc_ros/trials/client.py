@@ -21,6 +21,7 @@ from std_srvs.srv import Trigger
 from rlrc_ros.errors import UserError
 from rlrc_ros.guard import STOPPED
 from rlrc_ros.messages.stamps import to_nanoseconds
+from rlrc_ros.nodes import dead_ports
 from rlrc_ros.nodes.attendance import attending
 
 ANSWER_TIME = 30.0
@@ -57,7 +58,8 @@ class RobotClient:
     def __init__(self) -> None:
         self._context = rclpy.Context()
         rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
-        self._node = rclpy.create_node("rlrc_client", context=self._context)
+        with dead_ports.avoided():
+            self._node = rclpy.create_node("rlrc_client", context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
         self._alive: Callable[[], None] = lambda: None

@@ -2,22 +2,24 @@
 
 import contextlib
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import rclpy
-from geometry_msgs.msg import PoseStamped
+from geometry_msgs.msg import PoseStamped, TransformStamped
 from rclpy.action.client import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.serialization import deserialize_message
 from rlrc.action import RunEpisode
 from rlrc.srv import LabelEpisode
 from sensor_msgs.msg import Image, JointState
+from tf2_msgs.msg import TFMessage
 
 from rlrc_ros import bringup
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.stamps import to_nanoseconds
-from rlrc_ros.nodes.common import SENSOR_QOS
+from rlrc_ros.nodes.common import LATCHED_QOS, SENSOR_QOS
 from rlrc_ros.nodes.sensors import listen, listen_as_asked
 from rlrc_ros.profile import load_profile
 from rlrc_ros.rollouts.alignment import AlignedEpisode, Contract
@@ -31,8 +33,27 @@ CAMERA, JOINTS, POSE = "/camera/front/image_raw", "/joint_states", "/ee_pose"
 
 @pytest.fixture(scope="module")
 def contract(posed_bundle):
-    """Of a policy that takes all that there is."""
-    return Contract(posed_bundle.config, load_profile("sim"))
+    """Of a policy that takes all that there is, the end effector's pose by way of tf."""
+    profile = replace(load_profile("sim"), ee_frame="tool", ee_pose_source="tf")
+    return Contract(posed_bundle.config, profile)
+
+
+def broadcast(ros, topic):
+    """Send the poses of a topic on as transforms, as a driver's broadcaster and the URDF would."""
+    static = ros.node.create_publisher(TFMessage, "/tf_static", LATCHED_QOS)
+    fixed = TransformStamped(child_frame_id="tool")
+    fixed.header.frame_id, fixed.transform.translation.z = "hand", 0.03
+    static.publish(TFMessage(transforms=[fixed]))
+    moving = ros.node.create_publisher(TFMessage, "/tf", 100)
+
+    def send(pose):
+        hand = TransformStamped(header=pose.header, child_frame_id="hand")
+        place = pose.pose.position
+        hand.transform.translation.x, hand.transform.translation.y = place.x, place.y
+        hand.transform.translation.z, hand.transform.rotation = place.z, pose.pose.orientation
+        moving.publish(TFMessage(transforms=[hand]))
+
+    ros.node.create_subscription(PoseStamped, topic, send, SENSOR_QOS)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +66,10 @@ def bag(ros_environment, posed_bundle, contract, tmp_path_factory):
         if spec.executable == "policy_node":
             ages = dict.fromkeys(("joint_states_max_age", "ee_pose_max_age"), 0.5)
             spec.parameters |= {"cameras": [f"front={CAMERA},raw,0.5"], **ages}
+        if spec.executable == "sim_arm_node":
+            spec.remappings["ee_pose"] = "drivers_pose"
     with starting(ros_environment, directory) as start, a_tester() as ros:
+        broadcast(ros, "drivers_pose")
         for spec in specs:
             start(spec.command())
         action = ActionClient(ros.node, RunEpisode, "policy/run_episode")

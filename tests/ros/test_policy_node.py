@@ -6,19 +6,23 @@ import shutil
 import signal
 import time
 
+import cv2
 import numpy as np
 import pytest
 import rclpy
 from action_msgs.msg import GoalStatus
 from action_msgs.srv import CancelGoal
+from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from rlrc.msg import GuardStatus
 from rlrc.srv import StartRecording, StopRecording
+from sensor_msgs.msg import CompressedImage
 from std_srvs.srv import Trigger
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.messages.command import command_arrays
 from rlrc_ros.messages.stamps import to_nanoseconds
+from rlrc_ros.nodes.common import SENSOR_QOS
 from rlrc_ros.nodes.sensors import listen
 from rlrc_ros.vla import quantization
 from rlrc_ros.vla.bundle import provenance, write_bundle
@@ -288,6 +292,7 @@ def test_without_autostart_it_waits_to_be_told(own_robot, bundles, tmp_path):
     shutil.copytree(bundles["original"].path, bundle)
     (bundle / "config.json").unlink()
     robot = own_robot(policies=f"[original={bundle}]", autostart="false").ready()
+    said = robot.ros.collect(DiagnosticArray, "/diagnostics")
     assert robot.state() == "unconfigured" and not robot.policies()
     assert not robot.change(Transition.TRANSITION_CONFIGURE)
     assert robot.state() == "unconfigured" and not robot.policies()
@@ -295,7 +300,10 @@ def test_without_autostart_it_waits_to_be_told(own_robot, bundles, tmp_path):
     assert f"{bundle}/config.json is missing; the bundle is incomplete, copy it again" in line
 
     shutil.copy(bundles["original"].path / "config.json", bundle)
+    said.clear()
     assert robot.change(Transition.TRANSITION_CONFIGURE) and robot.state() == "inactive"
+    steps = [status.message for _, message in said for status in message.status]
+    assert steps[:2] == ["loading original, 1 of 1", f"warming up {bundle}"]
     assert not robot.send()[1].accepted
     assert robot.change(Transition.TRANSITION_ACTIVATE)
     episode_id, handle = robot.send(label="original")
@@ -361,3 +369,28 @@ def test_a_policy_that_gives_chunks_looks_once_for_several_steps(robot, tmp_path
     assert looked == sorted(looked) and 2 <= len(set(looked)) <= len(looked) / 2
     assert all(np.isfinite(command_arrays(m).twist).all() for m in steps)
     assert not command_arrays(stop).twist.any()
+
+
+def test_two_cameras_one_of_them_compressed_are_looked_through_together(own_robot, tmp_path):
+    config = chunked(bundle_config(), images=2)
+    tensors, origin = quantization.stored(random_model(config)), provenance(None, "two")
+    bundle = write_bundle(tmp_path / "two", config, tensors, word_tokenizer(WORDS), origin)
+    cameras = "['front=image,raw,0.5', 'wrist=wrist/compressed,compressed,0.5']"
+    robot = own_robot(policies=f"[two={bundle.path}]", cameras=cameras, max_skew=1.0).ready()
+    _, jpeg = cv2.imencode(".jpg", np.full((48, 64, 3), 90, np.uint8))
+    wrist = robot.ros.node.create_publisher(CompressedImage, "wrist/compressed", SENSOR_QOS)
+
+    def look():
+        image = CompressedImage(format="jpeg", data=jpeg.tobytes())
+        image.header.stamp = robot.stamp()
+        wrist.publish(image)
+
+    timer = robot.ros.node.create_timer(1 / 30, look)
+    episode_id, handle = robot.send()
+    robot.acts(episode_id, 10)
+    assert set(robot.of(episode_id)[0].observed_sources) >= {"front", "wrist"}
+    timer.cancel()
+    _, result = robot.result(handle)
+    assert result.termination_reason == "observation_lost"
+    assert "/wrist/compressed ('wrist') is" in result.message
+    assert robot.stands(episode_id)

@@ -16,6 +16,7 @@ from rclpy.action.client import ActionClient
 from rlrc.action import RunEpisode
 from rlrc.msg import GuardStatus, PolicyCommand
 from sensor_msgs.msg import JointState
+from std_srvs.srv import Trigger
 
 from rlrc_ros import bringup
 from rlrc_ros.messages.command import command_arrays, twist_array
@@ -252,6 +253,19 @@ def test_two_nodes_that_fail_at_once_leave_a_stop_a_reason_and_a_bag(stack, numb
         stack.restart(name)
 
 
+def test_ctrl_c_on_all_of_them_leaves_a_result_and_a_bag_that_says_so(stack):
+    result = stack.begin("interrupted")
+    for name in (RECORDER, POLICY):
+        stack.send(name, signal.SIGINT)
+    assert stack.result(result).termination_reason == "node_deactivated"
+    assert [stack.processes[name].wait() for name in (RECORDER, POLICY)] == [0, 0]
+    report = verify(stack.bags / "interrupted")
+    assert report.ok and report.episode.termination_reason == "node_deactivated"
+    assert stack.stopped()
+    for name in (RECORDER, POLICY):
+        stack.restart(name)
+
+
 @pytest.fixture
 def clock(tmp_path):
     """(environment, set): a process with it has a system clock that `set` puts off by s."""
@@ -290,6 +304,25 @@ def test_recording_goes_on_when_the_clock_is_set(ros, start, tmp_path, clock):
     assert len(report.losses) == 2 and "the clock jumped by +1000" in report.losses[0]
     positions = [m.position[0] for _, m, _ in read_messages(uri, ["/joint_states"])]
     assert sorted(positions) == list(range(joints)), "a message is lost"
+
+
+def test_an_episode_goes_on_when_the_clock_is_set(ros_environment, start, bundles, tmp_path, clock):
+    """Of all nodes at once, as where somebody sets the computer's."""
+    environment, set_clock = clock
+    with a_tester("clocked") as ros:
+        stack = Stack(ros, start, bundles["original"], tmp_path, "clocked", environment)
+        result = stack.begin("clocked")
+        for seconds in (1000, -500):
+            set_clock(seconds)
+            ros.spin(1.0)
+            stack.twists.clear(), stack.commands.clear()
+            assert ros.until(lambda: any(twist_array(m.twist).any() for _, m in stack.twists))
+            assert not result.done()
+        assert ros.call(Trigger, "policy/finish_episode").success
+        assert stack.result(result).termination_reason == "finished"
+    episode = read_episode(stack.bags / "clocked")
+    assert [round(jump.seconds) for jump in episode.clock_jumps] == [1000, -1500]
+    assert verify(stack.bags / "clocked").ok
 
 
 DISCOVERY_SERVER = """<?xml version="1.0" encoding="UTF-8"?>

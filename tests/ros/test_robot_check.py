@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import yaml
-from geometry_msgs.msg import PoseStamped, TwistStamped
+from geometry_msgs.msg import PoseStamped, TransformStamped, TwistStamped
 from rclpy.action.server import ActionServer
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rlrc.action import RunEpisode
 from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import Float64MultiArray
+from std_msgs.msg import Float64MultiArray, String
+from tf2_msgs.msg import TFMessage
 
 from rlrc_ros.messages.image import rgb_to_image
 from rlrc_ros.messages.joint_state import joint_state
@@ -19,6 +20,7 @@ from rlrc_ros.nodes.common import COMMAND_QOS, SENSOR_QOS
 from rlrc_ros.profile import load_profile
 from rlrc_ros.robot_check import check, report
 from tests.ros.conftest import BIN
+from tests.test_kinematics import panda
 from tests.test_profile import CONFIG
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -183,3 +185,32 @@ def test_slow_and_late_sources_are_told(ros, problems):
     assert found["cameras.front"].endswith("Hz; 200 are wanted")
     for part in ("joint_states", "ee_pose"):
         assert "synchronise the clocks, or raise max_age" in found[part]
+
+
+def test_a_pose_that_is_to_be_computed_is_computed(ros, problems):
+    robot = Robot(ros)
+    robot.controller()
+    by_tf = {"ee_frame": "tcp", "ee_pose_source": "tf"}
+    assert problems(**by_tf) == {"ee_pose": "nobody publishes /tf, which it is computed from"}
+    transforms = ros.node.create_publisher(TFMessage, "/tf", 10)
+    at = {"base": 0.5, "mount": 0.0}
+
+    def send():
+        stamped = TransformStamped(child_frame_id="tcp")
+        stamped.header.frame_id, stamped.transform.translation.x = next(iter(at.items()))
+        stamped.transform.translation.z = 0.2
+        stamped.header.stamp = ros.node.get_clock().now().to_msg()
+        transforms.publish(TFMessage(transforms=[stamped]))
+
+    ros.node.create_timer(1 / 50, send)
+    assert not problems(**by_tf)
+    del at["base"]
+    why = "no way between base and tcp: above tcp there is 'mount', above base 'base'"
+    assert problems(**by_tf) == {"ee_pose": why}
+
+    by_joints = {"ee_frame": "tcp", "base_frame": "link0"}
+    why = "nobody publishes /robot_description, which it is computed from"
+    assert problems(**by_joints) == {"ee_pose": why}
+    description = ros.node.create_publisher(String, "robot_description", LATCHED)
+    description.publish(String(data=panda()))
+    assert "the arm is outside of its workspace" in problems(**by_joints)["ee_pose"]
