@@ -1,4 +1,4 @@
-"""Which tiles `rlrc_ros.vla.kernels.gemv` should take on this GPU.
+"""Which tiles `rlrc_ros.vla.weight_kernels.gemv` should take on this GPU.
 
     python docs/results/gpu/tiles.py > tiles.txt
 
@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from rlrc_ros.vla import kernels
+from rlrc_ros.vla import weight_kernels
 from rlrc_ros.vla.matrices import NF4_LEVELS, Matrix
 
 SHAPES = {
@@ -69,7 +69,7 @@ def microseconds(work, count):
 
 def main():
     print(torch.cuda.get_device_name(), torch.__version__)
-    chosen = kernels.gemv_blocks
+    chosen = weight_kernels.gemv_blocks
     for (name, (rows, columns, kind)), stored in itertools.product(SHAPES.items(), FORMATS):
         x = torch.randn(columns, device="cuda").bfloat16()
         out = torch.zeros(rows // 2 if kind == "gated" else rows, device="cuda").bfloat16()
@@ -82,14 +82,14 @@ def main():
 
         def work(held=held, x=x, out=out, options=options):
             for weight in held:
-                kernels.gemv(x, weight, out, **options)
+                weight_kernels.gemv(x, weight, out, **options)
 
         now = chosen(len(out), columns, stored == "nf4", kind == "gated")
         found = []
         for tile in [now, *TILES]:
             if tile[0] * tile[1] > 512 * 32 * tile[2] or tile[1] > 2 * columns:
                 continue  # does not fit the registers, or is mostly empty
-            kernels.gemv_blocks = lambda *_, tile=tile: tile
+            weight_kernels.gemv_blocks = lambda *_, tile=tile: tile
             found.append((microseconds(work, count), tile))
         used, best = found[0], sorted(found[1:])[:5]
         line = f"{name:<18}{stored:<5} now {used[0]:6.2f} {used[1]} | "
