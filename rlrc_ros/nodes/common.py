@@ -37,6 +37,10 @@ RCLError = rclpy_implementation.RCLError
 SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 """The latest measurement and no other (REP-2003)."""
 
+CAMERA_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
+"""Room for the images that come while a node is held up, by a third of a second at 30 Hz: the newest
+is looked at, but none is lost on the way."""
+
 COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 """The latest command, delivered."""
 

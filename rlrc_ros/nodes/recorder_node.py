@@ -9,10 +9,12 @@ came in the `preroll` seconds before its episode. What is in it and how it is wr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -303,8 +305,23 @@ def _drops(recording: Recording) -> str:
     return f"dropped, the disk is too slow: {topics}" if topics else ""
 
 
+MMAP_THRESHOLD, LARGE = -3, 1 << 18
+"""A parameter of glibc's `mallopt` (malloc.h), and what it is set to, bytes."""
+
+
+def give_images_back() -> None:
+    """Have the memory of large messages go back to the system once they are written.
+
+    glibc would learn that blocks of an image's size are common and keep them, scattered over its
+    heaps, so that after every slow moment of the disk the process stays as large as it was then.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
+
+
 def main() -> int:
     """Run the node."""
+    give_images_back()
     return common.run(RecorderNode, RecorderNode.leave)
 
 

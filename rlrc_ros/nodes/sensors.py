@@ -60,7 +60,7 @@ def listen(node: Node, base_frame: str) -> ObservationBuffer:
             raise UserError(f"parameter cameras: '{text}' is not name=topic,raw|compressed,seconds")
     buffer = ObservationBuffer(max_age, topics, skew, base_frame)
     for name, kind in kinds.items():
-        node.create_subscription(kind, topics[name], partial(buffer.add, name), common.SENSOR_QOS)
+        node.create_subscription(kind, topics[name], partial(buffer.add, name), common.CAMERA_QOS)
     node.create_subscription(
         JointState, "joint_states", partial(buffer.add, joints), common.SENSOR_QOS
     )
