@@ -38,8 +38,8 @@ SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 """The latest measurement and no other (REP-2003)."""
 
 CAMERA_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
-"""Room for the images that come while a node is held up, by a third of a second at 30 Hz: the newest
-is looked at, but none is lost on the way."""
+"""Room for the images that come while a node is held up, up to a third of a second at 30 Hz. The
+newest is what a policy looks at; that none is lost on the way can be counted."""
 
 COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 """The latest command, delivered."""
