@@ -152,13 +152,13 @@ def _table(facts: dict[str, Any]) -> str:
         ),
         "soak": (
             f"{soak['seconds']:.0f} s: memory "
-            + ", ".join(f"{n} {p['rss_growth']:+.2%}" for n, p in soak["processes"].items())
+            + ", ".join(f"{n} {p['own_growth']:+.2%}" for n, p in soak["processes"].items())
             + "; threads and descriptors "
             + ", ".join(
                 f"{n} {p['thread_growth']:+g}, {p['descriptor_growth']:+g}"
                 for n, p in soak["processes"].items()
             ),
-            f"≤ {soak['bar']['rss_growth']:.0%}, 0, 0",
+            f"≤ {soak['bar']['own_growth']:.0%}, 0, 0",
         ),
     }
     lines = [

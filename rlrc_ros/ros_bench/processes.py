@@ -33,6 +33,9 @@ class Usage:
     """Bytes resident."""
     anonymous: int
     """Of these, bytes that are its own and no file's or shared memory's."""
+    shared: int
+    """Of these, bytes of memory that it shares with others: DDS makes it once, of a fixed size, and a
+    process that reads what others left there comes to touch more and more of it."""
     threads: int
     descriptors: int
 
@@ -122,6 +125,7 @@ class Process:
             time.monotonic(),
             kilobytes("VmRSS"),
             kilobytes("RssAnon"),
+            kilobytes("RssShmem"),
             int(facts["Threads"]),
             len(list((proc / "fd").iterdir())),
         )

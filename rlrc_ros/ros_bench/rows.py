@@ -195,7 +195,7 @@ def recorder_row(
 
 
 def soak_row(usages: Mapping[str, Sequence[Usage]]) -> dict[str, Any]:
-    """Growth of each process's memory, threads and descriptors.
+    """Growth of each process's memory, without what it shares, and of its threads and descriptors.
 
     From the median over the second tenth of the samples (the first is a start) to that over the
     last tenth.
@@ -207,12 +207,15 @@ def soak_row(usages: Mapping[str, Sequence[Usage]]) -> dict[str, Any]:
         early, late = samples[tenth : 2 * tenth] or samples[:1], samples[-tenth:]
         growth = {
             key: _median(late, key) - _median(early, key)
-            for key in ("rss", "anonymous", "threads", "descriptors")
+            for key in ("rss", "anonymous", "shared", "threads", "descriptors")
         }
-        share = growth["rss"] / _median(early, "rss")
+        own = _median(early, "rss") - _median(early, "shared")
+        share = (growth["rss"] - growth["shared"]) / own
         found[name] = {
             "rss_mb": _median(early, "rss") / 1e6,
-            "rss_growth": share,
+            "own_mb": own / 1e6,
+            "own_growth": share,
+            "rss_growth": growth["rss"] / _median(early, "rss"),
             "anonymous_growth_mb": growth["anonymous"] / 1e6,
             "thread_growth": growth["threads"],
             "descriptor_growth": growth["descriptors"],
@@ -220,7 +223,7 @@ def soak_row(usages: Mapping[str, Sequence[Usage]]) -> dict[str, Any]:
         steady = growth["threads"] <= 0 and growth["descriptors"] <= 0
         met = met and steady and share <= GROWTH_BAR
     seconds = max((s[-1].time - s[0].time for s in usages.values() if s), default=0.0)
-    bar = {"rss_growth": GROWTH_BAR, "thread_growth": 0, "descriptor_growth": 0}
+    bar = {"own_growth": GROWTH_BAR, "thread_growth": 0, "descriptor_growth": 0}
     return {"seconds": seconds, "processes": found, "bar": bar, "met": met}
 
 

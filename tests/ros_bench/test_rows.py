@@ -9,12 +9,13 @@ from rlrc_ros.ros_bench.stamps import StampWriter, read_stamps
 MS = 1_000_000
 
 
-def usages(rss, threads=(5,), descriptors=(9,)):
+def usages(own, threads=(5,), descriptors=(9,), shared=(50,)):
     """A hundred samples, each list stretched over them."""
-    stretched = [np.repeat(values, 100 // len(values)) for values in (rss, threads, descriptors)]
+    lists = (own, shared, threads, descriptors)
+    stretched = [np.repeat(values, 100 // len(values)) for values in lists]
     return [
-        Usage(t, int(r), int(r), int(n), int(d))
-        for t, (r, n, d) in enumerate(zip(*stretched, strict=True))
+        Usage(t, int(o + s), int(o), int(s), int(n), int(d))
+        for t, (o, s, n, d) in enumerate(zip(*stretched, strict=True))
     ]
 
 
@@ -88,10 +89,12 @@ def test_the_recorder_may_lose_nothing_and_take_a_quarter_of_a_core():
 def test_growth_is_from_the_second_tenth_to_the_last():
     steady = usages([50, *[1000] * 9])  # the start does not count
     row = rows.soak_row({"guard": steady})
-    assert row["met"] and row["processes"]["guard"]["rss_growth"] == 0 and row["seconds"] == 99
+    assert row["met"] and row["processes"]["guard"]["own_growth"] == 0 and row["seconds"] == 99
     growing = rows.soak_row({"guard": steady, "policy": usages(np.linspace(1000, 1100, 100))})
     assert not growing["met"]
-    assert growing["processes"]["policy"]["rss_growth"] == pytest.approx(0.08, abs=0.01)
+    assert growing["processes"]["policy"]["own_growth"] == pytest.approx(0.08, abs=0.01)
+    touching = rows.soak_row({"guard": usages([1000], shared=[50, 80])})
+    assert touching["met"] and touching["processes"]["guard"]["rss_growth"] > 0
     assert not rows.soak_row({"guard": usages([1000], threads=[5, 6])})["met"]
     assert not rows.soak_row({"guard": usages([1000], descriptors=[9, 12])})["met"]
     assert not rows.soak_row({})["met"]
