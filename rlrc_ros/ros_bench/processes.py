@@ -34,8 +34,8 @@ class Usage:
     anonymous: int
     """Of these, bytes that are its own and no file's or shared memory's."""
     shared: int
-    """Of these, bytes of memory that it shares with others: DDS makes it once, of a fixed size, and a
-    process that reads what others left there comes to touch more and more of it."""
+    """Of these, bytes of memory that it shares with others. DDS makes it once, of a fixed size, and
+    whoever reads what others left there comes to touch more and more of it."""
     threads: int
     descriptors: int
 
