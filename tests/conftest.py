@@ -3,7 +3,11 @@
 import dataclasses
 import logging
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Started in a shell's background; processes that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 import numpy as np

@@ -171,7 +171,7 @@ def test_partial_then_corrected_with_an_audit_trail_then_excluded(tab, trial):
     tab.click("partial")
     tab.run("$('score').value = 35; showScore()")
     tab.click("judge-ok")
-    tab.until(f"view.next_trial === {number + 1} && !judging")
+    tab.until(f"view.state === 'ready' && view.next_trial === {number + 1} && !judging")
     tab.run("document.querySelector('#results button').click()")
     tab.run("document.querySelector('[name=outcome][value=success]').click()")
     tab.click("judge-ok")

@@ -67,15 +67,21 @@ def test_a_guard_that_follows_others_ends_the_episode(robot, status, words):
     assert robot.stands(episode_id)
 
 
+GONE = "client_lost the process that ran it is gone"
+SILENT = "guard_stop nothing has come from the command guard for 1.0 s"
+
+
 @pytest.mark.parametrize(
-    ("number", "reason"),
+    ("number", "reasons"),
     [
-        (signal.SIGKILL, "client_lost the process that ran it is gone"),
-        (signal.SIGSTOP, "client_lost the process that ran it is gone"),
-        (signal.SIGINT, ""),
+        (signal.SIGKILL, [GONE]),
+        # One that is frozen with a lock of DDS's shared memory in its hand holds up the others'
+        # messages, the guard's word among them, for as long as Fast DDS waits for it: 1 s.
+        (signal.SIGSTOP, [GONE, SILENT]),
+        (signal.SIGINT, []),
     ],
 )
-def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, reason):
+def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, reasons):
     node = robot.ros.node
     label = node.create_service(LabelEpisode, "recorder/label", lambda _, response: response)
     episode_id = f"attended by {number.name}"
@@ -87,9 +93,9 @@ def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, rea
     assert robot.stands(episode_id)
     said = robot.ros.collect(DiagnosticArray, "/diagnostics")
     assert robot.ros.until(lambda: said)
-    ended = f"ready; {episode_id}: {reason}" if reason else "ready"
+    ended = [f"ready; {episode_id}: {reason}" for reason in reasons] or ["ready"]
     messages = [status.message for _, message in said for status in message.status]
-    assert robot.ros.until(lambda: said[-1][1].status[0].message == ended, 5.0), messages
+    assert robot.ros.until(lambda: said[-1][1].status[0].message in ended, 5.0), messages
     client.send(signal.SIGKILL)
     node.destroy_service(label)
 
