@@ -205,15 +205,15 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_M, SIZE], tl.float32)
     for start in range(0, seen, BLOCK_N):
         n_ok = start + n < seen
-        place = (first_key + start + n) * SIZE
-        key = tl.load(key_ptr + place[None, :] + d[:, None], mask=n_ok[None, :], other=0.0)
+        row = (first_key + start + n) * SIZE
+        key = tl.load(key_ptr + row[None, :] + d[:, None], mask=n_ok[None, :], other=0.0)
         score = tl.dot(query, key, input_precision="ieee") * scale
         score = tl.where(n_ok[None, :], score, -float("inf"))
         new = tl.maximum(largest, tl.max(score, 1))
         fade = tl.exp(largest - new)
         p = tl.exp(score - new[:, None])
         weight = weight * fade + tl.sum(p, 1)
-        value = tl.load(value_ptr + place[:, None] + d[None, :], mask=n_ok[:, None], other=0.0)
+        value = tl.load(value_ptr + row[:, None] + d[None, :], mask=n_ok[:, None], other=0.0)
         total = total * fade[:, None]
         total += tl.dot(p.to(value.dtype), value, input_precision="ieee")
         largest = new

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlrc_ros.vla.quantization import Int8Linear, is_quantized, nf4_scales, nf4_weight
 
 NF4_BLOCK = 64
-UNPACKED_ROWS = 8192
+UNPACKED_ROWS = 4096
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
