@@ -208,7 +208,7 @@ def latency_cost(
     part: str,
     slower: float = 1.0,
 ) -> LatencyCost:
-    """The cost of a plan for one part: what the table says of the policy that it leaves.
+    """A plan's cost for one part: what the table says of the policy it leaves, or a little more.
 
     Args:
         config: with the budget.
@@ -222,10 +222,11 @@ def latency_cost(
     blocks, layers = table.part(part), decoder.layers
     own = [blocks.of(width) for width in layers]
     idle = int(table.last_is_idle and part == "llm" and config.protect == 0)
-    if idle:
+    if idle:  # whichever layer will be the last one takes this
         own[-1] = blocks.of(blocks.full)
     every = table.of_layers(with_layers(architecture, {part: layers}))
     others = [ms - mine for ms, mine in zip(every, own, strict=True)]
+    # A layer that goes takes at least so much along; what it takes beyond that counts as staying.
     beside = min(others[i] for i in inner_layers(config, decoder))
     fixed = table.fixed_ms + sum(others) - (len(layers) - idle) * beside + idle * own[-1]
     return LatencyCost(table, blocks, fixed, idle, beside, config.max_latency_ms, slower)
@@ -338,8 +339,8 @@ def measure(model: OpenVLA | Pi0, device: torch.device) -> BlockLatencies:
     channels = {part: _channels(full.ffn) for part, full in widest.items()}
     # The towers cost the same in every model: blind ones of as many patches stand in for them.
     blind = tuple(replace(t, width=32, depth=2, heads=2, ffn=64) for t in config.towers)
-    count = sum(len(heads[part]) + len(channels[part]) for part in widest)
-    progress = tqdm(total=count, desc="block latencies", unit="width")
+    total = sum(len(heads[part]) + len(channels[part]) for part in widest)
+    progress = tqdm(total=total, desc="block latencies", unit="width")
 
     def contestant(
         towers: tuple[TowerConfig, ...], widths: Mapping[str, LayerWidths], count: int
