@@ -136,36 +136,36 @@ def attention_blocks(capacity: int) -> tuple[int, int]:
 @triton.jit
 def _rope_kernel(
     qkv_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, heads, kv_heads, tokens, capacity,
-    HALF: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
-    head = tl.program_id(1)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, HALF)
     size = 2 * HALF
-    place = qkv_ptr + (token * (heads + 2 * kv_heads) + head) * size + d
-    a = tl.load(place)
-    b = tl.load(place + HALF)
-    if head < heads + kv_heads:
-        cos = tl.load(cos_ptr + token * size + d).to(tl.float32)
-        sin = tl.load(sin_ptr + token * size + d).to(tl.float32)
-        x = a.to(tl.float32)
-        y = b.to(tl.float32)
-        first = (x * cos - y * sin).to(a.dtype)
-        second = (y * cos + x * sin).to(a.dtype)
-        if head < heads:
-            to = query_ptr + (head * tokens + token) * size + d
-            tl.store(to, first)
-            tl.store(to + HALF, second)
-        else:
-            to = key_ptr + ((head - heads) * capacity + token) * size + d
-            tl.store(to, first)
-            tl.store(to + HALF, second)
-    else:
-        to = value_ptr + ((head - heads - kv_heads) * capacity + token) * size + d
-        tl.store(to, a)
-        tl.store(to + HALF, b)
+    total = heads + 2 * kv_heads
+    place = qkv_ptr + (token * total + h)[:, None] * size + d[None, :]
+    a = tl.load(place, mask=(h < total)[:, None], other=0.0)
+    b = tl.load(place + HALF, mask=(h < total)[:, None], other=0.0)
+    cos = tl.load(cos_ptr + token * size + d).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + token * size + d).to(tl.float32)[None, :]
+    x = a.to(tl.float32)
+    y = b.to(tl.float32)
+    first = (x * cos - y * sin).to(a.dtype)
+    second = (y * cos + x * sin).to(a.dtype)
+    ok = (h < heads)[:, None]
+    to = query_ptr + (h * tokens + token)[:, None] * size + d[None, :]
+    tl.store(to, first, mask=ok)
+    tl.store(to + HALF, second, mask=ok)
+    ok = ((h >= heads) & (h < heads + kv_heads))[:, None]
+    to = key_ptr + ((h - heads) * capacity + token)[:, None] * size + d[None, :]
+    tl.store(to, first, mask=ok)
+    tl.store(to + HALF, second, mask=ok)
+    ok = ((h >= heads + kv_heads) & (h < total))[:, None]
+    to = value_ptr + ((h - heads - kv_heads) * capacity + token)[:, None] * size + d[None, :]
+    tl.store(to, a, mask=ok)
+    tl.store(to + HALF, b, mask=ok)
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Tensor:
@@ -175,11 +175,12 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Te
     longer one: its places from some on.
     """
     kv_heads, size = cache.shape[1], cache.shape[3]
-    tokens, capacity = len(qkv), cache.stride(1) // size
+    tokens, capacity, total = len(qkv), cache.stride(1) // size, heads + 2 * kv_heads
     query = torch.empty(heads, tokens, size, dtype=qkv.dtype, device=qkv.device)
-    _rope_kernel[(tokens, heads + 2 * kv_heads)](
+    block = min(16, triton.next_power_of_2(total))
+    _rope_kernel[(tokens, triton.cdiv(total, block))](
         qkv, cos, sin, query, cache[0], cache[1], heads, kv_heads, tokens, capacity,
-        HALF=size // 2, num_warps=1, **early(qkv),
+        HALF=size // 2, BLOCK_H=block, num_warps=4, **early(qkv),
     )  # fmt: skip
     return query
 
@@ -255,7 +256,7 @@ def attend_blocks(tokens: int, heads: int) -> tuple[int, int, int, int]:
 
     Few heads are few programs, so these are made smaller.
     """
-    return (64, 64, 4, 2) if heads * triton.cdiv(tokens, 64) >= 128 else (16, 64, 4, 3)
+    return (64, 64, 4, 2) if heads * triton.cdiv(tokens, 64) >= 128 else (16, 128, 4, 3)
 
 
 @triton.jit
