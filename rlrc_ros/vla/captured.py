@@ -40,8 +40,8 @@ def operations_for(device: torch.device, head_dim: int) -> ModuleType:
 
 
 @lru_cache
-def side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """Streams that all engines share, since cuBLAS keeps 32 MiB for every stream that it meets."""
+def side_stream(device: torch.device, _number: int) -> torch.cuda.Stream:
+    """The same for all engines, since cuBLAS keeps 32 MiB for every stream that it meets."""
     return torch.cuda.Stream(device)
 
 

@@ -147,7 +147,7 @@ def times(x: Tensor, weight: Matrix, operations: Any, bias: Tensor | None = None
 
 
 def add_product(x: Tensor, y: Tensor, weight: Matrix, operations: Any) -> Tensor:
-    """x (T, N) plus y (T, K) times the matrix, in place."""
+    """Add y (T, K) times the matrix to x (T, N), in place."""
     column = 0
     for piece in weight.slices():
         part = x[:, column : column + piece.shape[0]]
