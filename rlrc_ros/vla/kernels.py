@@ -256,7 +256,7 @@ def attend_blocks(tokens: int, heads: int) -> tuple[int, int, int, int]:
 
     Few heads are few programs, so these are made smaller.
     """
-    return (64, 64, 4, 2) if heads * triton.cdiv(tokens, 64) >= 128 else (16, 128, 4, 3)
+    return (64, 64, 4, 3) if heads * triton.cdiv(tokens, 64) >= 128 else (16, 128, 4, 3)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlrc_ros.vla.quantization import Int8Linear, is_quantized, nf4_scales, nf4_weight
 
 NF4_BLOCK = 64
-UNPACKED = 1 << 23
+UNPACKED = 1 << 24
 """Weights that are unpacked at a time, for the memory's sake."""
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),

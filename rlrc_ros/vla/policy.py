@@ -20,7 +20,7 @@ from rlrc_ros.vla import quantization
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.chunk_engine import EagerChunkEngine, GraphChunkEngine
-from rlrc_ros.vla.config import ArchitectureConfig, BundleConfig, QuantizationConfig
+from rlrc_ros.vla.config import ArchitectureConfig, BundleConfig
 from rlrc_ros.vla.engine import ChunkEngine, EagerEngine, Engine, UnrolledEngine
 from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvino_engine import OpenVINOEngine
@@ -274,8 +274,7 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `graph` on a GPU; on a CPU `unrolled`, for chunks `eager`. With int8
-            weights `graph` has yet to be run on a GPU, so for those `auto` takes `eager` there too.
+        engine: `auto` takes `graph` on a GPU; on a CPU `unrolled`, for chunks `eager`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -297,7 +296,7 @@ def load_policy(
     if architecture.expert is not None:
         _refuse_other_actions(bundle)
     if engine == "auto":
-        engine = usual_engine(architecture, target, bundle.config.quantization)
+        engine = usual_engine(architecture, target)
     if engine not in engines:
         raise UserError(
             f"{bundle.path}: gives chunks of actions, which the {engine} engine cannot; take "
@@ -323,15 +322,11 @@ def engines_of(architecture: ArchitectureConfig) -> _Engines:
     return _ENGINES if architecture.action_head is None else _CHUNK_ENGINES
 
 
-def usual_engine(
-    architecture: ArchitectureConfig,
-    device: torch.device,
-    stored: QuantizationConfig | None = None,
-) -> EngineName:
+def usual_engine(architecture: ArchitectureConfig, device: torch.device) -> EngineName:
     """What `auto` is."""
     if device.type == "cpu":
         return "unrolled" if "unrolled" in engines_of(architecture) else "eager"
-    return "eager" if stored and stored.method == "bitsandbytes-int8" else "graph"
+    return "graph"
 
 
 def _refuse_other_actions(bundle: Bundle) -> None:
