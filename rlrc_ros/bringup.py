@@ -21,11 +21,13 @@ from rlrc_ros.profile import RobotProfile
 # Fast DDS 3 (Kilted) calls it by another name than 2 (Jazzy), and warns of the old one.
 _PROFILES = "FASTRTPS" if os.environ.get("ROS_DISTRO") == "jazzy" else "FASTDDS"
 TRANSPORT_ENVIRONMENT = {
-    f"{_PROFILES}_DEFAULT_PROFILES_FILE": str(Path(__file__).with_name("fastdds.xml"))
+    f"{_PROFILES}_DEFAULT_PROFILES_FILE": str(Path(__file__).with_name("fastdds.xml")),
+    "RMW_FASTRTPS_USE_QOS_FROM_XML": "1",  # of what it says on memory; ROS's own QoS stays
 }
 """Has to be set in every process that sends images, or Fast DDS drops most of them.
 
-The profile gives each process enough shared memory for images. Fast DDS's own answer to the
+The profile gives each process enough shared memory for images, and lets go of what readers have
+taken. Fast DDS's own answer to the
 problem, FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA, adds TCP channels: with 3.2 about one start in a
 hundred never finds its peers, and then deadlocks at exit. ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST
 undoes the profile: rmw_fastrtps then chooses the transports itself.

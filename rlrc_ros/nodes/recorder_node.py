@@ -9,12 +9,10 @@ came in the `preroll` seconds before its episode. What is in it and how it is wr
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +38,6 @@ MATCHING_TIME = 2.0
 """How long `~/start` waits at most until every publisher has been matched, in s."""
 LITTLE_ROOM = 1 << 30
 """Bytes left on the disk below which diagnostics warn."""
-TRIM_PERIOD = 20.0
-"""s, after which memory is given back each time."""
 LOOK_PERIOD = 0.5
 """s, at which the recorder looks after a recording."""
 FORSAKEN_LOOKS = 10
@@ -52,16 +48,6 @@ FAREWELL_TIME = 2.0
 """s that who asked for a recording has to say how it ended, when the process is to end."""
 IDLE, RECORDING, FAILED = "idle", "recording", "failed"
 _NOT_RECORDED = ("/rosout", "/parameter_events")
-
-
-def give_memory_back() -> None:
-    """Have free memory go back to the system, where the C library is glibc.
-
-    Images wait in memory while the disk is slow, and afterwards glibc would keep the process as
-    large as it was then.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class RecorderNode(Node):
@@ -113,7 +99,6 @@ class RecorderNode(Node):
         self._status_publisher = self.create_publisher(RecorderStatus, "~/status", 10)
         self.create_timer(LOOK_PERIOD, self._look_after_recording, clock=common.STEADY_CLOCK)
         self.create_timer(1.0, self._report, clock=common.STEADY_CLOCK)
-        self.create_timer(TRIM_PERIOD, give_memory_back, clock=common.STEADY_CLOCK)
         self.get_logger().info(f"bags go to {self._output_dir}")
 
     def leave(self) -> None:
