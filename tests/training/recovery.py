@@ -8,11 +8,12 @@ import torch
 from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla.processor import word_tokenizer
 from tests.training.conftest import batches_of, small_demonstrations, small_trainable
+from training.actor_critic import TokenActions, TokenPolicy
 from training.config import RlConfig
 from training.envs.tabletop import TEXT_BYTES
 from training.envs.vector import make_vector
 from training.ranks import ALONE
-from training.rl import RecoveryPPO, TokenActions, TokenPolicy
+from training.rl import RecoveryPPO
 from training.rollout import Batcher, Decoder
 
 CPU = torch.device("cpu")
