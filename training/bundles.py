@@ -123,14 +123,16 @@ def new_trainable(
     )
     head = model.chunk and ActionHeadConfig(chunk=model.chunk, dimensions=codec.dimensions)
     felt = len(JOINT_NAMES) + 1
-    expert = model.expert and ExpertConfig(
-        hidden_size=model.expert.hidden_size,
-        layers=(LayerWidths(model.heads, model.kv_heads, model.expert.ffn),) * model.layers,
-        chunk=model.expert.chunk,
-        action_width=codec.dimensions,
-        state_width=felt,
-        steps=model.expert.steps,
-    )
+    expert = None
+    if model.expert is not None:
+        expert = ExpertConfig(
+            hidden_size=model.expert.hidden_size,
+            layers=(LayerWidths(model.heads, model.kv_heads, model.expert.ffn),) * model.layers,
+            chunk=model.expert.chunk,
+            action_width=codec.dimensions,
+            state_width=felt,
+            steps=model.expert.steps,
+        )
     config = BundleConfig(
         architecture=ArchitectureConfig(
             action_head=head or None,

@@ -166,6 +166,7 @@ class RecoveryPPO(PPO):
                 values, log_probability, entropy = policy.evaluate_actions(
                     observations, batch.actions[rows]
                 )
+            assert entropy is not None
             log_ratio = log_probability - batch.old_log_prob[rows]
             ratio = log_ratio.exp()
             clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
@@ -379,7 +380,7 @@ def run(
         lambda *_: range(0),  # each update gives every environment its scenes
         environments,
         environment,
-        flow and partial(MacroSteps, actions=flow.replan_steps, gamma=config.gamma),
+        partial(MacroSteps, actions=flow.replan_steps, gamma=config.gamma) if flow else None,
         latency=latency,
         image_size=trainable.config.architecture.towers[0].image_size,
     )

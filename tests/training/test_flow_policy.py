@@ -494,14 +494,14 @@ evaluate: {episodes: 1, first_seed: 0}
 """
 
 
-def test_the_whole_pipeline_of_a_pi0(tmp_path, capsys):
+def test_the_whole_pipeline_of_a_pi0(tmp_path, capfd):
     """`rlrc compress`, then `rlrc rl` on what it recovered; both policies act on the tabletop."""
     config = tmp_path / "config.yaml"
     config.write_text(TINY)
     out = tmp_path / "run"
     arguments = ["--device", "cpu", "--json"]
     assert main(["compress", str(config), "--out", str(out), *arguments]) == 0
-    stages = json.loads(capsys.readouterr().out)["stages"]
+    stages = json.loads(capfd.readouterr().out)["stages"]
     names = ["original", "pruned", "recovered", "rl-seed-0", "compressed"]
     assert [stage["name"] for stage in stages] == names
     assert all(stage["episodes"] == 1 for stage in stages)
@@ -514,7 +514,7 @@ def test_the_whole_pipeline_of_a_pi0(tmp_path, capsys):
     again = ["rl", str(config), "--policy", str(out / "recovered"), "--out", str(tmp_path / "rl")]
     again += ["--demonstrations", str(out / "demonstrations"), *arguments]
     assert main(again) == 0
-    bundle = json.loads(capsys.readouterr().out)
+    bundle = json.loads(capfd.readouterr().out)
     weights = [p / "model.safetensors" for p in (out / "rl-seed-0", tmp_path / "rl")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert bundle["flow"] == facts["flow"]
