@@ -70,7 +70,7 @@ def recovery(config, work, ranks=ALONE):
     algorithm.restore_state()
     fill(algorithm, ranks)
     algorithm._ended, algorithm._began, algorithm._rolled_out = [(True, 3)], 0.0, 1.0
-    algorithm._simulated = 0.0
+    algorithm._simulated, algorithm._executed = 0.0, STEPS
     return algorithm
 
 
