@@ -25,7 +25,7 @@ from tests.training.recovery import tabletop_demonstrations
 from tests.vla.pi0_policies import pi0_config, random_pi0
 from training import rl
 from training.bundles import Trainable
-from training.config import FlowRlConfig, RlConfig
+from training.config import FlowRlConfig, LoraConfig, RlConfig
 from training.envs.macro import MacroSteps
 from training.envs.tabletop import encode_text
 from training.flow import FlowBatches, flow_loss
@@ -134,14 +134,14 @@ def test_the_sde_ends_in_the_distribution_of_the_flow(mean, spread, level):
         return time * off - (mean + (1 - time) * spread**2 * off)
 
     torch.manual_seed(0)
-    count, steps = 20_000, 100
+    count, steps = 5_000, 100
     path, _ = sample_path(velocity, torch.randn(count, 1, 1), steps, level)
     found = path[:, -1].flatten()
     # Sampling error, and that of steps that are not infinitely small.
     assert abs(found.mean() - mean) < 4 * spread / count**0.5 + 0.02
-    assert found.std() == pytest.approx(spread, rel=0.05, abs=0.02)
+    assert found.std() == pytest.approx(spread, rel=0.06, abs=0.02)
     halfway = path[:, steps // 2].flatten()
-    assert halfway.std() == pytest.approx(0.5 * (spread**2 + 1) ** 0.5, rel=0.05)
+    assert halfway.std() == pytest.approx(0.5 * (spread**2 + 1) ** 0.5, rel=0.06)
 
 
 def test_deviations_are_those_of_the_formula():
@@ -210,17 +210,37 @@ def test_a_stored_path_has_the_log_probability_that_it_was_sampled_with(rolled_o
     torch.testing.assert_close(values, batch.old_values)
     torch.testing.assert_close(again, values)
     assert values.shape == found.shape == entropy.shape == (STEPS,)
-    # By hand: standard normal residuals of two actions of seven values, in four steps.
-    deviations = step_deviations(4, 0.5, CPU)
-    constant = -14 * (deviations.log() + 0.5 * np.log(2 * np.pi)).sum()
-    residuals = 2 * (constant - found)
-    assert entropy[0] == pytest.approx(float(28 - constant))  # half a nat for each residual
-    assert 56 - 4 * (2 * 56 / STEPS) ** 0.5 < residuals.mean() < 56 + 4 * (2 * 56 / STEPS) ** 0.5
+    assert algorithm.gamma == pytest.approx(0.99**2)  # of two actions
+    # By hand, and in steps as they are sampled: of two actions of seven values.
+    inputs, path = policy._inputs(batch.observations), batch.actions.view(STEPS, 5, 6, 10)
+    expected, noise = torch.zeros(STEPS), 0.0
+    for number, deviation in enumerate((0.5, 0.433013, 0.25, 0.144338)):
+        time, x = 1 - number / 4, path[:, number]
+        with torch.no_grad():
+            prefix, when = policy.model.prefix(inputs), torch.full((STEPS,), time)
+            flow = policy.model.velocity(prefix, inputs.proprioception, x, when)
+        mean = x - (flow + 4 * deviation**2 / (2 * time) * (x + (1 - time) * flow)) / 4
+        off = (path[:, number + 1] - mean)[:, :2, :7] / deviation
+        noise += 14 * (np.log(deviation) + 0.5 * np.log(2 * np.pi))
+        expected -= 0.5 * off.square().sum((1, 2))
+    torch.testing.assert_close(found, expected - noise, atol=2e-3, rtol=1e-5)
+    assert entropy[0] == pytest.approx(noise + 28, rel=1e-5)  # half a nat for each residual
 
 
-def test_the_ratio_starts_at_one(data, tmp_path):
-    _, rows = run(dataclasses.replace(CONFIG, updates=1), tabletop_pi0(), data, tmp_path)
+@pytest.mark.parametrize(
+    "how", [{}, {"bfloat16": True, "minibatch": STEPS}, {"lora": LoraConfig(rank=2)}], ids=str
+)
+def test_the_ratio_starts_at_one(data, tmp_path, how):
+    config = dataclasses.replace(CONFIG, updates=2, critic_warmup=1, **how)
+    policy = tabletop_pi0()
+    policy.parent, before = policy, weights(policy)
+    _, rows = run(config, policy, data, tmp_path)
     assert float(rows[0]["clip_share"]) == 0 and abs(float(rows[0]["kl"])) < 1e-6
+    after = weights(policy)
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and all(value.dtype == torch.float32 for value in after.values())
+    if "lora" in how:
+        assert all("_proj" in name and ".layers." in name for name in moved)
 
 
 def test_less_temperature_is_less_noise(rolled_out, tmp_path):
@@ -282,6 +302,10 @@ def test_micro_batches_do_not_change_the_gradients(rolled_out, tmp_path):
         algorithm._add_gradients(batch, warming=False)
         learning = algorithm._learning.items()
         found.append({name: p.grad for name, p in learning if p.grad is not None})
+    shown = algorithm.policy.shown(algorithm.demonstrations, 8)
+    shown.known[:2, 1:] = False
+    parts = [algorithm.policy.bc_loss(shown, slice(i, i + 2)) for i in range(0, 8, 2)]
+    torch.testing.assert_close(sum(parts), flow_loss(algorithm.policy.model, shown))
     whole, parts = found
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
