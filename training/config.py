@@ -70,6 +70,8 @@ class ModelConfig:
             _check("model", self, positive="chunk")
             if self.expert is not None:
                 raise UserError("model: 'chunk' and 'expert' are two kinds of policy; give one")
+        if (self.expert is None) == (self.tower.kind == "paligemma"):
+            raise UserError("model: an 'expert' and a tower of kind 'paligemma' belong together")
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:

@@ -518,6 +518,23 @@ evaluate: {episodes: 1, first_seed: 0}
 """
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("sft: {", "sft: {grounding: 1.0, ", "sft: 'grounding' is not there for a pi0 policy"),
+        ("recovery: {", "recovery: {shift: 4, label_width: 2.0, ", "'label_width' is not there"),
+        ("{remove: 0.2,", "{attention: groups, remove: 0.2,", "would remove key-value heads"),
+        ("  expert:", "  chunk: 4\n  expert:", "'chunk' and 'expert' are two kinds of policy"),
+        ("kind: paligemma", "kind: vit", "tower of kind 'paligemma' belong together"),
+    ],
+)
+def test_a_pipeline_that_no_pi0_has_is_refused_at_once(tmp_path, capfd, old, new, said):
+    config = tmp_path / "config.yaml"
+    config.write_text(TINY.replace(old, new))
+    assert main(["compress", str(config), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert said in capfd.readouterr().err and not (tmp_path / "run" / "demonstrations").exists()
+
+
 def test_the_whole_pipeline_of_a_pi0(tmp_path, capfd):
     """`rlrc compress`, `rlrc rl` on what it recovered, and what comes out acts on the tabletop."""
     config = tmp_path / "config.yaml"
