@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rlrc_ros.cli.main import main
 from rlrc_ros.errors import UserError
+from rlrc_ros.sim.tabletop import ACTION_HIGH, ACTION_LOW
 from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla.config import CameraConfig
 from rlrc_ros.vla.openvla import Inputs
@@ -27,7 +30,7 @@ from training import rl
 from training.bundles import Trainable
 from training.config import FlowRlConfig, LoraConfig, RlConfig
 from training.envs.macro import MacroSteps
-from training.envs.tabletop import encode_text
+from training.envs.tabletop import TEXT_BYTES, encode_text
 from training.flow import FlowBatches, flow_loss
 from training.flow_policy import sample_path, step_deviations
 from training.rl import RecoveryPPO
@@ -394,6 +397,58 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch)
         for table in (rows, expected)
     ]
     assert timeless[0] == timeless[1]
+
+
+class Sideways(gym.Env):
+    """Over after one action, which went well if it went far enough along x."""
+
+    action_space = gym.spaces.Box(ACTION_LOW, ACTION_HIGH)
+    observation_space = gym.spaces.Dict(
+        image=gym.spaces.Box(0, 255, (128, 128, 3), np.uint8),
+        proprioception=gym.spaces.Box(-4, 4, (8,)),
+        instruction=gym.spaces.Box(0, 255, (TEXT_BYTES,), np.uint8),
+    )
+
+    def __init__(self, number):
+        self._rng = np.random.default_rng(number)
+
+    def set_seeds(self, _):
+        """It has no scenes."""
+
+    def reset(self, **_):
+        felt = self._rng.normal(size=8).astype(np.float32)
+        text = encode_text("stack the red cube on the cyan cube")
+        black = np.zeros((128, 128, 3), np.uint8)
+        return {"image": black, "proprioception": felt, "instruction": text}, {}
+
+    def step(self, action):
+        well = bool(action[0] > 0.02)
+        return self.reset()[0], float(well), True, False, {"success": well}
+
+
+def test_it_learns_what_is_rewarded_and_the_ode_follows(data, tmp_path, monkeypatch):
+    def make_vector(_, count, environment, wrap, **__):
+        return DummyVecEnv([partial(wrap, Sideways(i)) for i in range(count)])
+
+    monkeypatch.setattr(rl, "make_vector", make_vector)
+    config = dataclasses.replace(
+        CONFIG,
+        updates=9,
+        environments=16,
+        minibatch=32,
+        epochs=4,
+        bc_coefficient=0.0,
+        flow=FlowRlConfig(replan_steps=1),
+    )
+    policy = tabletop_pi0()
+    actor = Actor(policy.model, policy.processor, policy.codec, CPU, 64)
+    seen = [Sideways(i).reset()[0] for i in range(64)]
+    seen = {name: np.stack([one[name] for one in seen]) for name in seen[0]}
+    before = actor.act(seen)[:, 0].mean()
+    _, rows = run(config, policy, data, tmp_path)
+    success = [float(row["success"]) for row in rows]
+    assert np.mean(success[-3:]) > np.mean(success[:2]) + 0.2
+    assert actor.act(seen)[:, 0].mean() > before + 0.002
 
 
 @pytest.mark.parametrize(
