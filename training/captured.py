@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,7 @@ class CapturedStep:
         """Take one step; captured anew when `key` differs from the one before."""
         if key != self._key:
             self._key, self._left, self._graph = key, self.WARM_UP, None
+            gc.collect()  # what is left of an earlier backward pass binds gradients to its stream
         if self._left:
             self._left -= 1
             self._stream.wait_stream(torch.cuda.current_stream())

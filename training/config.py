@@ -264,7 +264,7 @@ class PruneConfig:
     4.13 if the policy is to be NF4 with double quantization. Embedding, head and norms have 16.
     """
     max_latency_ms: float | None = None
-    """Target: median time of a whole action at batch 1, ms."""
+    """Target: median time of a whole action, or chunk of them, at batch 1, ms."""
     latency_of: str | None = None
     """The device it is meant for.
 

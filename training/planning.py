@@ -8,7 +8,7 @@ importance is taken; there are some hundred thousand, and all are looked at.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -38,6 +38,16 @@ class Plan:
     removed: float
     removed_of_llm: float
     latency: dict[str, Any] | None = None
+
+
+def decoders_of(architecture: ArchitectureConfig) -> dict[str, DecoderConfig]:
+    """What may be pruned, by part: `llm`, and of pi0 also `expert`, as a decoder without words."""
+    found = {"llm": architecture.decoder}
+    if (expert := architecture.expert) is not None:
+        found["expert"] = replace(
+            architecture.decoder, hidden_size=expert.hidden_size, layers=expert.layers
+        )
+    return found
 
 
 def layer_parameters(hidden: int, head_dim: int, widths: LayerWidths) -> int:
@@ -109,6 +119,11 @@ class Cost(Protocol):
         """What is there whatever is pruned."""
         ...
 
+    @property
+    def idle(self) -> int:
+        """Of the layers that may be cut, how many cost nothing but their part of `fixed`."""
+        ...
+
     def attention(self, heads: int, kv_heads: int) -> float:
         """One layer's share that its attention causes, and what every layer has."""
         ...
@@ -137,6 +152,7 @@ class StorageCost:
     layer_unit: float
     other_unit: float
     target: tuple[str, float]
+    idle = 0
 
     @property
     def fixed(self) -> float:
@@ -219,7 +235,7 @@ def best_plan(
     # (counts, attention, ffn): keeping the best layers of each shape
     ranked = -np.sort(-values, axis=0)
     kept = np.concatenate([np.zeros_like(ranked[:1]), ranked.cumsum(0)])[counts]
-    spent = start + counts[:, None, None] * prices
+    spent = start + (counts[:, None, None] - cost.idle) * prices
     if not (spent <= budget * (1 + 1e-12)).any():
         raise UserError(
             f"prune: {cost.shortfall(float(spent.min()))} with granularity '{config.granularity}' "

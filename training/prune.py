@@ -28,6 +28,7 @@ from training.common import seed_everything
 from training.config import PruneConfig, stated
 from training.data.batches import DemonstrationBatches
 from training.importance import GroupScores, measuring, score_groups, score_layers
+from training.latency import latency_plan
 from training.planning import (
     Plan,
     best_plan,
@@ -80,9 +81,7 @@ def _planned(model: OpenVLA, scores: Sequence[GroupScores], config: PruneConfig)
     decoder = model.config.decoder
     if config.max_latency_ms is None:
         return best_plan(config, decoder, scores, *storage_cost(config, decoder))
-    from training.latency import latency_plan
-
-    return latency_plan(config, model, scores)
+    return latency_plan(config, model, decoder, scores)
 
 
 def choose(scores: GroupScores, target: LayerWidths) -> LayerCut:

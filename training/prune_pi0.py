@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.vla.config import ArchitectureConfig, DecoderConfig, LayerWidths
+from rlrc_ros.vla.config import DecoderConfig, LayerWidths
 from rlrc_ros.vla.openvla import layer_widths
 from rlrc_ros.vla.pi0 import Pi0
 from rlrc_ros.vla.policy import parameter_counts
@@ -30,7 +30,8 @@ from training.common import seed_everything
 from training.config import PruneConfig, stated
 from training.flow import FlowBatches, flow_loss
 from training.importance import BATCH, GroupScores, Measure, score_groups
-from training.planning import Plan, best_plan, layer_parameters, storage_cost
+from training.latency import latency_plan
+from training.planning import Plan, best_plan, decoders_of, layer_parameters, storage_cost
 from training.prune import LayerCut, choose, cut_heads, refuse_other_widths
 
 PARTS = ("llm", "expert")
@@ -52,15 +53,18 @@ def prune(model: Pi0, config: PruneConfig, batches: FlowBatches | None) -> Plan:
         scores = {
             name: [score_groups(layer, measure) for layer in _layers(model, name)] for name in PARTS
         }
-    before, weighed = part_config(model.config, part), scores[part]
-    cost, budget = storage_cost(config, before)
+    whole, weighed = decoders_of(model.config)[part], scores[part]
+    start = whole
     if part == "llm" and config.protect != 0:
-        before = _without_unused(before, config.ffn_multiple)
+        start = _without_unused(whole, config.ffn_multiple)
     if config.granularity != "width":  # a layer that goes takes the other part's along
         others = scores["expert" if part == "llm" else "llm"]
         weighed = [_with(own, other) for own, other in zip(weighed, others, strict=True)]
     heads_alone = replace(config, attention="heads")
-    plan = best_plan(heads_alone, before, weighed, cost, budget)
+    if config.max_latency_ms is None:
+        plan = best_plan(heads_alone, start, weighed, *storage_cost(config, whole))
+    else:
+        plan = latency_plan(heads_alone, model, start, weighed, part)
     cuts = [choose(scores[part][i], w) for i, w in zip(plan.layers, plan.widths, strict=True)]
     cut(model, plan.layers, **{part: cuts})
     module = model.language_model if part == "llm" else model.expert
@@ -81,8 +85,10 @@ def refuse_what_pi0_has_not(config: PruneConfig) -> None:
     Raises:
         UserError: naming it.
     """
-    if config.remove is None or config.granularity is None:
-        raise UserError("prune: of a pi0 policy give 'remove' with 'granularity'")
+    if config.granularity is None or (config.remove is None and config.max_latency_ms is None):
+        raise UserError(
+            "prune: of a pi0 policy give 'remove' or 'max_latency_ms', with 'granularity'"
+        )
     if config.attention == "groups":
         raise UserError(
             "prune: 'attention: groups' would remove key-value heads, which pi0's language model "
@@ -94,16 +100,6 @@ def refuse_what_pi0_has_not(config: PruneConfig) -> None:
 
 def _layers(model: Pi0, part: str) -> Any:
     return (model.language_model if part == "llm" else model.expert).model.layers
-
-
-def part_config(config: ArchitectureConfig, part: str) -> DecoderConfig:
-    """The Gemma of a part; the expert's as a decoder without words."""
-    assert config.expert is not None
-    if part == "llm":
-        return config.decoder
-    return replace(
-        config.decoder, hidden_size=config.expert.hidden_size, layers=config.expert.layers
-    )
 
 
 def _with(own: GroupScores, other: GroupScores) -> GroupScores:
@@ -196,14 +192,14 @@ def run(
     seed_everything(seed)
     model = trainable.model
     part = config.part or "llm"
-    before, counts = part_config(model.config, part), parameter_counts(model)
+    before, counts = decoders_of(model.config)[part], parameter_counts(model)
     plan = prune(model, config, batches)
     hidden, head = before.hidden_size, before.head_dim
 
     def weights(layers: Sequence[LayerWidths]) -> int:
         return sum(layer_parameters(hidden, head, widths) for widths in layers)
 
-    return {
+    facts = {
         "seed": seed,
         **stated(config),
         "part": part,
@@ -211,3 +207,4 @@ def run(
         "removed_of_layers": 1 - weights(plan.widths) / weights(before.layers),
         "removed_of_policy": 1 - parameter_counts(model)["total"] / counts["total"],
     }
+    return facts | ({"latency": plan.latency} if plan.latency else {})

@@ -242,14 +242,8 @@ class Trainer:
     def _blocks(self) -> Iterable[nn.Module]:
         """What is worth compiling: blocks of which there are many."""
         policies = (self._model, *([self._teacher] if self._teacher else []))
-        return [
-            block
-            for policy in policies
-            for block in (
-                *policy.vision_backbone.featurizer.blocks,
-                *policy.language_model.model.layers,
-            )
-        ]
+        parts = [part for policy in policies for part in transformer_blocks(policy).values()]
+        return [block for part in parts for block in part]
 
     def _draw(self) -> Any:
         """A new batch."""

@@ -76,13 +76,15 @@ class GraphChunkEngine(OpenVLAEngine):
         return self._norm.new_empty(0)
 
     def _words(self, length: int) -> int:
-        return self._needed(length) - self._context
+        return length + 1  # the last one is the stop token in any case
 
     def _text(self, slots: Slots) -> Tensor:
         """The prompt, zeros where the actions are to be, and from there on the stop token."""
-        text = super()._text(slots)
-        place = torch.arange(len(text), device=self._device) - slots.count
-        return text * ((place < 0) | (place >= self._tokens))[:, None]
+        words = super()._text(slots)
+        stop = len(words) - 1
+        place = torch.arange(self._needed(stop) - self._context, device=self._device)
+        row, after = torch.where(place < slots.count, place, stop), place - slots.count
+        return words[row] * ((after < 0) | (after >= self._tokens))[:, None]
 
     def _act(self, slots: Slots) -> Tensor:
         """The chunk, (chunk · dimensions,) float32."""

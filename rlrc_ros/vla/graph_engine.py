@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.vla import matrices
-from rlrc_ros.vla.captured import CapturedEngine, Room, Slots, operations_for
+from rlrc_ros.vla.captured import CapturedEngine, Room, Slots, operations_for, side_stream
 from rlrc_ros.vla.matrices import Linear, Matrix
 from rlrc_ros.vla.openvla import Inputs, OpenVLA, VisionTower
 from rlrc_ros.vla.quantization import weight_bytes
@@ -150,7 +150,7 @@ class _Layer:
         return matrices.times(x, weight, self._ops)
 
     def _plus(self, x: Tensor, y: Tensor, weight: Matrix) -> Tensor:
-        return x.addmm_(y, matrices.dense(weight, x.dtype, self._ops).T)
+        return matrices.add_product(x, y, weight, self._ops)
 
 
 class OpenVLAEngine(CapturedEngine):
@@ -207,9 +207,8 @@ class OpenVLAEngine(CapturedEngine):
             if module is not None:
                 swap(module)
         self._model, self._tokens, self._context = model, model.action_tokens, config.context
-        self._streams = (
-            [torch.cuda.Stream(self._device) for _ in self._towers[1:]] if self._on_gpu else []
-        )
+        beside = range(1, len(self._towers)) if self._on_gpu else ()
+        self._streams = [side_stream(self._device, number) for number in beside]
         self._room = self._make_room(max(self._lengths, default=32))
 
     def _swap(self, root: nn.Module, matrix: Callable[[list[Any]], Matrix]) -> None:

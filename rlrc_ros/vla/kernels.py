@@ -136,36 +136,36 @@ def attention_blocks(capacity: int) -> tuple[int, int]:
 @triton.jit
 def _rope_kernel(
     qkv_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, heads, kv_heads, tokens, capacity,
-    HALF: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
-    head = tl.program_id(1)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, HALF)
     size = 2 * HALF
-    place = qkv_ptr + (token * (heads + 2 * kv_heads) + head) * size + d
-    a = tl.load(place)
-    b = tl.load(place + HALF)
-    if head < heads + kv_heads:
-        cos = tl.load(cos_ptr + token * size + d).to(tl.float32)
-        sin = tl.load(sin_ptr + token * size + d).to(tl.float32)
-        x = a.to(tl.float32)
-        y = b.to(tl.float32)
-        first = (x * cos - y * sin).to(a.dtype)
-        second = (y * cos + x * sin).to(a.dtype)
-        if head < heads:
-            to = query_ptr + (head * tokens + token) * size + d
-            tl.store(to, first)
-            tl.store(to + HALF, second)
-        else:
-            to = key_ptr + ((head - heads) * capacity + token) * size + d
-            tl.store(to, first)
-            tl.store(to + HALF, second)
-    else:
-        to = value_ptr + ((head - heads - kv_heads) * capacity + token) * size + d
-        tl.store(to, a)
-        tl.store(to + HALF, b)
+    total = heads + 2 * kv_heads
+    place = qkv_ptr + (token * total + h)[:, None] * size + d[None, :]
+    a = tl.load(place, mask=(h < total)[:, None], other=0.0)
+    b = tl.load(place + HALF, mask=(h < total)[:, None], other=0.0)
+    cos = tl.load(cos_ptr + token * size + d).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + token * size + d).to(tl.float32)[None, :]
+    x = a.to(tl.float32)
+    y = b.to(tl.float32)
+    first = (x * cos - y * sin).to(a.dtype)
+    second = (y * cos + x * sin).to(a.dtype)
+    ok = (h < heads)[:, None]
+    to = query_ptr + (h * tokens + token)[:, None] * size + d[None, :]
+    tl.store(to, first, mask=ok)
+    tl.store(to + HALF, second, mask=ok)
+    ok = ((h >= heads) & (h < heads + kv_heads))[:, None]
+    to = key_ptr + ((h - heads) * capacity + token)[:, None] * size + d[None, :]
+    tl.store(to, first, mask=ok)
+    tl.store(to + HALF, second, mask=ok)
+    ok = ((h >= heads + kv_heads) & (h < total))[:, None]
+    to = value_ptr + ((h - heads - kv_heads) * capacity + token)[:, None] * size + d[None, :]
+    tl.store(to, a, mask=ok)
+    tl.store(to + HALF, b, mask=ok)
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Tensor:
@@ -175,69 +175,51 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Te
     longer one: its places from some on.
     """
     kv_heads, size = cache.shape[1], cache.shape[3]
-    tokens, capacity = len(qkv), cache.stride(1) // size
+    tokens, capacity, total = len(qkv), cache.stride(1) // size, heads + 2 * kv_heads
     query = torch.empty(heads, tokens, size, dtype=qkv.dtype, device=qkv.device)
-    _rope_kernel[(tokens, heads + 2 * kv_heads)](
+    block = min(16, triton.next_power_of_2(total))
+    _rope_kernel[(tokens, triton.cdiv(total, block))](
         qkv, cos, sin, query, cache[0], cache[1], heads, kv_heads, tokens, capacity,
-        HALF=size // 2, num_warps=1, **early(qkv),
+        HALF=size // 2, BLOCK_H=block, num_warps=4, **early(qkv),
     )  # fmt: skip
     return query
 
 
 @triton.jit
 def _attend_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, seen_ptr, out_ptr, heads, kv_heads, tokens, scale,
-    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, seen_ptr, out_ptr, heads, kv_heads, tokens, scale,
+    SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(1)
-    kv = head // (heads // kv_heads)
+    first_key = head // (heads // kv_heads) * tokens
     seen = tl.load(seen_ptr).to(tl.int32)
-    size = 2 * HALF
-    row = (heads + 2 * kv_heads) * size
-    d = tl.arange(0, HALF)
+    d = tl.arange(0, SIZE)
+    n = tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_ok = (m < tokens)[:, None]
-    place = qkv_ptr + m[:, None] * row + head * size + d[None, :]
-    a = tl.load(place, mask=m_ok, other=0.0)
-    b = tl.load(place + HALF, mask=m_ok, other=0.0)
-    dtype = a.dtype
-    turn = m[:, None] * size + d[None, :]
-    cos = tl.load(cos_ptr + turn, mask=m_ok, other=0.0)
-    sin = tl.load(sin_ptr + turn, mask=m_ok, other=0.0)
-    q1 = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(dtype)
-    q2 = (b.to(tl.float32) * cos + a.to(tl.float32) * sin).to(dtype)
-
+    place = (head * tokens + m)[:, None] * SIZE + d[None, :]
+    query = tl.load(query_ptr + place, mask=m_ok, other=0.0)
     largest = tl.full([BLOCK_M], -1e30, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
-    sum1 = tl.zeros([BLOCK_M, HALF], tl.float32)
-    sum2 = tl.zeros([BLOCK_M, HALF], tl.float32)
+    total = tl.zeros([BLOCK_M, SIZE], tl.float32)
     for start in range(0, seen, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        n_ok = (n < seen)[:, None]
-        key = qkv_ptr + n[:, None] * row + (heads + kv) * size + d[None, :]
-        x = tl.load(key, mask=n_ok, other=0.0).to(tl.float32)
-        y = tl.load(key + HALF, mask=n_ok, other=0.0).to(tl.float32)
-        angle = n[:, None] * size + d[None, :]
-        c = tl.load(cos_ptr + angle, mask=n_ok, other=0.0)
-        s = tl.load(sin_ptr + angle, mask=n_ok, other=0.0)
-        k1 = (x * c - y * s).to(dtype)
-        k2 = (y * c + x * s).to(dtype)
-        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        score += tl.dot(q2, tl.trans(k2), input_precision="ieee")
-        score = tl.where((n < seen)[None, :], score * scale, -float("inf"))
+        n_ok = start + n < seen
+        row = (first_key + start + n) * SIZE
+        key = tl.load(key_ptr + row[None, :] + d[:, None], mask=n_ok[None, :], other=0.0)
+        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.where(n_ok[None, :], score, -float("inf"))
         new = tl.maximum(largest, tl.max(score, 1))
         fade = tl.exp(largest - new)
         p = tl.exp(score - new[:, None])
         weight = weight * fade + tl.sum(p, 1)
-        value = key + kv_heads * size
-        v = tl.load(value, mask=n_ok, other=0.0)
-        sum1 = sum1 * fade[:, None] + tl.dot(p.to(dtype), v, input_precision="ieee")
-        v = tl.load(value + HALF, mask=n_ok, other=0.0)
-        sum2 = sum2 * fade[:, None] + tl.dot(p.to(dtype), v, input_precision="ieee")
+        value = tl.load(value_ptr + row[:, None] + d[None, :], mask=n_ok[:, None], other=0.0)
+        total = total * fade[:, None]
+        total += tl.dot(p.to(value.dtype), value, input_precision="ieee")
         largest = new
-    to = out_ptr + m[:, None] * (heads * size) + head * size + d[None, :]
-    tl.store(to, (sum1 / weight[:, None]).to(dtype), mask=m_ok)
-    tl.store(to + HALF, (sum2 / weight[:, None]).to(dtype), mask=m_ok)
+    place = m[:, None] * (heads * SIZE) + head * SIZE + d[None, :]
+    tl.store(out_ptr + place, (total / weight[:, None]).to(out_ptr.dtype.element_ty), mask=m_ok)
 
 
 def attend(
@@ -257,14 +239,24 @@ def attend(
         (T, heads · head_dim).
     """
     tokens, size = len(qkv), qkv.shape[1] // (heads + 2 * kv_heads)
-    out = torch.empty(tokens, heads * size, dtype=qkv.dtype, device=qkv.device)
-    # Few heads are few programs, so these are made smaller, and load ahead: nothing else hides it.
-    block, stages = (64, 1) if heads * triton.cdiv(tokens, 64) >= 128 else (32, 2)
-    _attend_kernel[(triton.cdiv(tokens, block), heads)](
-        qkv, cos, sin, seen, out, heads, kv_heads, tokens, size**-0.5,
-        HALF=size // 2, BLOCK_M=block, BLOCK_N=64, num_warps=4, num_stages=stages,
+    cache = qkv.new_empty(2, kv_heads, tokens, size)
+    query = rope(qkv, cos, sin, cache, heads)
+    out = qkv.new_empty(tokens, heads * size)
+    block_m, block_n, warps, stages = attend_blocks(tokens, heads)
+    _attend_kernel[(triton.cdiv(tokens, block_m), heads)](
+        query, cache[0], cache[1], seen, out, heads, kv_heads, tokens, size**-0.5,
+        SIZE=size, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+        **early(qkv),
     )  # fmt: skip
     return out
+
+
+def attend_blocks(tokens: int, heads: int) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile of `attend`, warps and stages: what was fastest on an H200.
+
+    Few heads are few programs, so these are made smaller.
+    """
+    return (64, 64, 4, 3) if heads * triton.cdiv(tokens, 64) >= 128 else (16, 128, 4, 3)
 
 
 @triton.jit

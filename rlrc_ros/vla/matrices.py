@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rlrc_ros.vla.quantization import Int8Linear, is_quantized, nf4_scales, nf4_weight
 
 NF4_BLOCK = 64
-UNPACKED_ROWS = 8192
+UNPACKED = 1 << 24
+"""Weights that are unpacked at a time, for the memory's sake."""
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -49,9 +50,10 @@ class Matrix:
         """Bytes held."""
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def slices(self, rows: int) -> Iterator[Matrix]:
-        """The matrix in pieces of at most so many rows; they share its memory."""
+    def slices(self) -> Iterator[Matrix]:
+        """The matrix in rows that are unpacked at a time; dense, whole. They share its memory."""
         total, columns = self.shape
+        rows = total if self.scales is None else max(NF4_BLOCK, UNPACKED // columns // 64 * 64)
         for start in range(0, total, rows):
             stop = min(start + rows, total)
             if self.levels is None:
@@ -126,7 +128,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply."""
-        return F.linear(x, dense(self.matrix, x.dtype, self._operations), self.bias)
+        return times(x, self.matrix, self._operations, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -134,12 +136,24 @@ class Linear(nn.Module):
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
-def times(x: Tensor, weight: Matrix, operations: Any) -> Tensor:
-    """(T, K) -> (T, N); a large matrix is unpacked a piece at a time, for the memory's sake."""
-    if weight.scales is None or weight.shape[0] <= UNPACKED_ROWS:
-        return F.linear(x, dense(weight, x.dtype, operations))
-    pieces = weight.slices(UNPACKED_ROWS)
-    return torch.cat([F.linear(x, dense(piece, x.dtype, operations)) for piece in pieces], -1)
+def times(x: Tensor, weight: Matrix, operations: Any, bias: Tensor | None = None) -> Tensor:
+    """(T, K) -> (T, N)."""
+    products, row = [], 0
+    for piece in weight.slices():
+        added = None if bias is None else bias[row : row + piece.shape[0]]
+        products.append(F.linear(x, dense(piece, x.dtype, operations), added))
+        row += piece.shape[0]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+def add_product(x: Tensor, y: Tensor, weight: Matrix, operations: Any) -> Tensor:
+    """Add y (T, K) times the matrix to x (T, N), in place."""
+    column = 0
+    for piece in weight.slices():
+        part = x[:, column : column + piece.shape[0]]
+        part.addmm_(y, dense(piece, x.dtype, operations).T)
+        column += piece.shape[0]
+    return x
 
 
 def dense(weight: Matrix, dtype: torch.dtype, operations: Any) -> Tensor:

@@ -135,7 +135,7 @@ class _Vision:
 
     def _linear(self, x: Tensor, weight: tuple[Matrix, Tensor]) -> Tensor:
         matrix, bias = weight
-        return F.linear(x, matrices.dense(matrix, x.dtype, self._ops), bias)
+        return matrices.times(x, matrix, self._ops, bias)
 
     def _norm(self, x: Tensor, norm: nn.LayerNorm, delta: Tensor | None) -> Tensor:
         """Add to x in place, then normalise."""
@@ -213,7 +213,7 @@ class _Layer:
         return self._plus(x, ops.gate(h, gelu=True), self._down)
 
     def _plus(self, x: Tensor, y: Tensor, weight: Matrix) -> Tensor:
-        return x.addmm_(y, matrices.dense(weight, x.dtype, self._ops).T)
+        return matrices.add_product(x, y, weight, self._ops)
 
 
 class Pi0GraphEngine(CapturedEngine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from rlrc_ros.vla import quantization
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.chunk_engine import EagerChunkEngine, GraphChunkEngine
-from rlrc_ros.vla.config import BundleConfig
+from rlrc_ros.vla.config import ArchitectureConfig, BundleConfig
 from rlrc_ros.vla.engine import ChunkEngine, EagerEngine, Engine, UnrolledEngine
 from rlrc_ros.vla.graph_engine import GraphEngine
 from rlrc_ros.vla.openvino_engine import OpenVINOEngine
@@ -274,8 +274,7 @@ def load_policy(
     Args:
         policy: a directory, or the short name of a shipped bundle; `DIR#KEY` for `unnorm_key`.
         device: as torch names it.
-        engine: `auto` takes `graph` on a GPU; on a CPU `unrolled`, for chunks `eager`. With int8
-            weights `graph` has yet to be run on a GPU, so for those `auto` takes `eager` there too.
+        engine: `auto` takes `graph` on a GPU; on a CPU `unrolled`, for chunks `eager`.
         dtype: of weights and arithmetic where nothing is quantized; `auto` takes float32 on a CPU,
             else bfloat16. With `openvino`, of the arithmetic alone.
         unnorm_key: the data set of `norm_stats` that scales an OpenVLA checkpoint's actions. Where
@@ -293,14 +292,11 @@ def load_policy(
         ) from None
     bundle = open_bundle(policy, unnorm_key)
     on_cpu, architecture = target.type == "cpu", bundle.config.architecture
-    engines = _ENGINES
+    engines = engines_of(architecture)
     if architecture.expert is not None:
-        engines = _PI0_ENGINES
         _refuse_other_actions(bundle)
-    elif architecture.action_head is not None:
-        engines = _CHUNK_ENGINES
     if engine == "auto":
-        engine = _engine_for(bundle, on_cpu, engines)
+        engine = usual_engine(architecture, target)
     if engine not in engines:
         raise UserError(
             f"{bundle.path}: gives chunks of actions, which the {engine} engine cannot; take "
@@ -319,12 +315,18 @@ def load_policy(
     return Policy(bundle, build(model), parameters, target, kind)
 
 
-def _engine_for(bundle: Bundle, on_cpu: bool, engines: Collection[str]) -> EngineName:
+def engines_of(architecture: ArchitectureConfig) -> _Engines:
+    """What can run policies of an architecture, by name."""
+    if architecture.expert is not None:
+        return _PI0_ENGINES
+    return _ENGINES if architecture.action_head is None else _CHUNK_ENGINES
+
+
+def usual_engine(architecture: ArchitectureConfig, device: torch.device) -> EngineName:
     """What `auto` is."""
-    if on_cpu:
-        return "unrolled" if "unrolled" in engines else "eager"
-    stored = bundle.config.quantization
-    return "eager" if stored and stored.method == "bitsandbytes-int8" else "graph"
+    if device.type == "cpu":
+        return "unrolled" if "unrolled" in engines_of(architecture) else "eager"
+    return "graph"
 
 
 def _refuse_other_actions(bundle: Bundle) -> None:

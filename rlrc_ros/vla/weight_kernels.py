@@ -284,7 +284,21 @@ def gemv_blocks(rows: int, columns: int, nf4: bool, gated: bool) -> tuple[int, i
 
 
 @triton.jit
-def _unpack_kernel(
+def _unpack_int8_kernel(
+    data_ptr, scale_ptr, out_ptr, columns, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = k < columns
+    values = tl.load(data_ptr + row * columns + k, mask=ok, other=0).to(tl.float32)
+    values *= tl.load(scale_ptr + row)
+    if EARLY:  # weights are always there, room for the result is when its last reader has ended
+        tl.extra.cuda.gdc_wait()
+    tl.store(out_ptr + row * columns + k, values.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _unpack_nf4_kernel(
     packed_ptr, scale_ptr, level_ptr, out_ptr, blocks,
     EXACT: tl.constexpr, BLOCK_G: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -295,18 +309,22 @@ def _unpack_kernel(
     high, low = _nf4_levels(packed, level_ptr, EXACT)
     kind = out_ptr.dtype.element_ty
     both = tl.interleave((high * scale).to(kind), (low * scale).to(kind))
-    if EARLY:  # weights are always there, room for the result is when its last reader has ended
+    if EARLY:  # see above
         tl.extra.cuda.gdc_wait()
     tl.store(out_ptr + g[:, None] * 64 + tl.arange(0, 64)[None, :], both, mask=ok)
 
 
 def unpack(weight: Any, dtype: torch.dtype) -> Tensor:
     """A matrix in int8, or in NF4 in blocks of 64, as a dense one."""
-    if weight.levels is None:
-        return matrices.unpack(weight, dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
+    if weight.levels is None:
+        rows, columns = weight.shape
+        _unpack_int8_kernel[(rows, triton.cdiv(columns, 2048))](
+            weight.data, weight.scales, out, columns, BLOCK=2048, **early(out)
+        )
+        return out
     blocks, exact = out.numel() // 64, dtype == torch.float32 or out.device.type != "cuda"
-    _unpack_kernel[(triton.cdiv(blocks, 64),)](
+    _unpack_nf4_kernel[(triton.cdiv(blocks, 64),)](
         weight.data, weight.scales, weight.levels, out, blocks,
         EXACT=exact, BLOCK_G=64, **early(out),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from tests.training.conftest import batches_of
 from tests.training.test_prune import FFN, KV, planned, plans
 from tests.training.test_sft import CONFIG, CPU
 from tests.vla.test_openvla import batch
-from training import latency, prune, rl
+from training import prune, rl
 from training.bundles import Trainable, load_trainable, new_trainable
 from training.compress import Pipeline
 from training.config import SparsifyConfig, load_config
@@ -178,5 +178,3 @@ def test_what_needs_tokens_is_refused(tmp_path, demonstrations):
         rl.run(None, policy, data, seed=0, device=CPU, work=tmp_path, latency=(0.0, 0.0))
     with pytest.raises(UserError, match="label_width is about tokens"):
         Trainer(policy.model, data, CONFIG, CPU, tmp_path)
-    with pytest.raises(UserError, match="latency budgets are for policies that decode"):
-        latency.measure(policy.model, CPU)

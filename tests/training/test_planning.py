@@ -65,7 +65,7 @@ def test_uniform_plans_meet_their_share_or_say_that_they_cannot(remove, keep):
 class WithOverhead:
     """As latency is: every layer has a price of its own, however narrow."""
 
-    fixed = 3.0
+    fixed, idle = 3.0, 0
 
     def attention(self, heads, kv_heads):
         return 1.0 + 0.3 * kv_heads + 0.05 * heads

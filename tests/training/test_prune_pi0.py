@@ -163,8 +163,11 @@ def test_whole_layers_go_from_both(part):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (PruneConfig(remove=0.5, keep_layers=2), "give 'remove' with 'granularity'"),
-        (PruneConfig(remove_of_llm=0.5, granularity="width"), "give 'remove' with 'granularity'"),
+        (PruneConfig(remove=0.5, keep_layers=2), "give 'remove' or 'max_latency_ms', with"),
+        (
+            PruneConfig(remove_of_llm=0.5, granularity="width"),
+            "give 'remove' or 'max_latency_ms', with",
+        ),
         (config(attention="groups"), "which pi0's language model and action expert share"),
         (config(importance="activation"), "pi0 has importance 'taylor', 'magnitude' and 'random'"),
         (config(importance="taylor"), "is measured on demonstrations; give them"),

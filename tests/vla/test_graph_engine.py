@@ -85,14 +85,17 @@ def test_packing_without_bitsandbytes_is_what_bitsandbytes_does():
 
 @pytest.mark.parametrize("hold", [matrices.held, matrices.rounded, matrices.packed])
 def test_a_matrix_in_pieces_is_the_matrix(hold, monkeypatch):
-    layer, x = torch.nn.Linear(128, 100, bias=False), torch.randn(3, 128)
+    layer, x, bias = torch.nn.Linear(128, 200, bias=False), torch.randn(3, 128), torch.randn(200)
     matrix = hold([layer], torch.float32)
-    whole = matrices.times(x, matrix, matrices)
-    pieces = [matrices.dense(m, torch.float32, matrices) for m in matrix.slices(33)]
-    assert [len(piece) for piece in pieces] == [33, 33, 33, 1]
-    torch.testing.assert_close(x @ torch.cat(pieces).T, whole)
-    monkeypatch.setattr(matrices, "UNPACKED_ROWS", 33)
+    whole = x @ matrices.dense(matrix, torch.float32, matrices).T
+    monkeypatch.setattr(matrices, "UNPACKED", 128 * 100)
+    rows = [piece.shape[0] for piece in matrix.slices()]
+    assert rows == ([200] if matrix.scales is None else [64, 64, 64, 8])
     torch.testing.assert_close(matrices.times(x, matrix, matrices), whole)
+    torch.testing.assert_close(matrices.times(x, matrix, matrices, bias), whole + bias)
+    y = torch.ones(3, 200)
+    assert matrices.add_product(y, x, matrix, matrices) is y
+    torch.testing.assert_close(y, whole + 1)
 
 
 def test_weights_are_counted_once_and_the_last_block_not_at_all():

@@ -117,5 +117,6 @@ def test_gates_and_unpacking():
     x = random(5, 2 * 1100)
     close(kernels.gate(x), matrices.gate(x))
     close(kernels.gate(30 * x, gelu=True), matrices.gate(30 * x, gelu=True))
-    matrix = matrices.packed([linear(40, 128)], torch.float32)
-    close(kernels.unpack(matrix, torch.float32), matrices.unpack(matrix, torch.float32))
+    for hold in (matrices.packed, matrices.rounded):
+        matrix = hold([linear(40, 128)], torch.float32)
+        close(kernels.unpack(matrix, torch.float32), matrices.unpack(matrix, torch.float32))

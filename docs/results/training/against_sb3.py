@@ -4,8 +4,8 @@
 
 The same policy, environments (each in a process), steps, minibatches and epochs. Stock is
 `stable_baselines3.PPO` as it is over the policy's plain modules: actions by `OpenVLA.generate`,
-float32, its own losses. Ours is `training.rl`, critic warm-up ended, with its BC regularization,
-which stock does not have. One update of each in turn, several times; the first ones are left out.
+float32, its own losses. Ours is `training.rl`, critic warm-up ended, without BC regularization,
+which stock does not have, and with it. Several updates each; the first ones are left out.
 """
 
 import argparse
@@ -130,12 +130,14 @@ def main():
         bc_batch=total // 8,
     )
     rows = {}
-    for name in ("stock", "ours"):
+    for name in ("stock", "ours", "ours with BC"):
         policy, batches = made_up(shape, device)
         if name == "stock":
             times = stock(config, policy, device)
         else:
-            times = ours(config, policy, batches, device)
+            coefficient = config.bc_coefficient if name == "ours with BC" else 0.0
+            changed = dataclasses.replace(config, bc_coefficient=coefficient)
+            times = ours(changed, policy, batches, device)
         rollout, learning = np.median(np.array(times)[2:], axis=0)
         rows[name] = {
             "environment_steps_per_s": total / float(rollout + learning),
@@ -144,14 +146,14 @@ def main():
             "updates": [list(row) for row in times],
         }
         print(name, rows[name], file=sys.stderr, flush=True)
-    speeds = [rows[name]["environment_steps_per_s"] for name in ("ours", "stock")]
+    speeds = {name: row["environment_steps_per_s"] for name, row in rows.items()}
     result = {
         "machine": machine(),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "config": {**dataclasses.asdict(config), "seeds": [0]},
         "rows": rows,
-        "ratio": speeds[0] / speeds[1],
+        "ratios": {name: speed / speeds["stock"] for name, speed in speeds.items()},
     }
     text = json.dumps(result, indent=1)
     arguments.out.write_text(text + "\n")

@@ -122,7 +122,7 @@ def start(task, processes, small, per_process):
         launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(here.parents[3]), os.environ.get("PYTHONPATH", "")])
-    command = [*launcher, str(here), "-", "--task", task, "--per-process", str(per_process)]
+    command = [*launcher, str(here), os.devnull, "--task", task, "--per-process", str(per_process)]
     began = time.perf_counter()
     done = subprocess.run(
         command + ["--small"] * small,
