@@ -24,6 +24,8 @@ from rlrc_ros.vla.config import (
     BundleConfig,
     CameraConfig,
     DecoderConfig,
+    ExpertConfig,
+    LayerWidths,
     ProprioceptionConfig,
 )
 from rlrc_ros.vla.policy import build_model, load_model, load_openvla, processor_of
@@ -120,18 +122,30 @@ def new_trainable(
         mask=(True,) * len(known.action_low),
     )
     head = model.chunk and ActionHeadConfig(chunk=model.chunk, dimensions=codec.dimensions)
+    felt = len(JOINT_NAMES) + 1
+    expert = None
+    if model.expert is not None:
+        expert = ExpertConfig(
+            hidden_size=model.expert.hidden_size,
+            layers=(LayerWidths(model.heads, model.kv_heads, model.expert.ffn),) * model.layers,
+            chunk=model.expert.chunk,
+            action_width=codec.dimensions,
+            state_width=felt,
+            steps=model.expert.steps,
+        )
     config = BundleConfig(
         architecture=ArchitectureConfig(
             action_head=head or None,
+            expert=expert,
             towers=(model.tower,),
             decoder=DecoderConfig(
-                vocab_size=text + codec.n_bins,
+                vocab_size=text + (0 if expert else codec.n_bins),
                 hidden_size=model.hidden_size,
                 head_dim=model.head_dim,
                 layers=model.widths,
                 max_positions=256,
             ),
-            proprioception=len(JOINT_NAMES) + 1,
+            proprioception=felt,
         ),
         action_codec=codec,
         cameras=(

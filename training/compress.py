@@ -24,7 +24,7 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.files import write_atomically
 from rlrc_ros.vla.inspection import inspect
 from rlrc_ros.vla.openvla import OpenVLA
-from training import prune, quantize, rl, sft
+from training import flow, prune, prune_pi0, quantize, rl, sft
 from training.bundles import Trainable, load_trainable, new_trainable
 from training.common import claim, forget_checkpoints, pick_device, seed_everything
 from training.config import CompressConfig, SftConfig, stated
@@ -49,9 +49,14 @@ class Pipeline:
     def __init__(self, config: CompressConfig, out: Path, device: str | None, say: Say) -> None:
         if config.model.chunk:
             raise UserError(
-                "compress: its PPO is over action tokens, and with model.chunk there are none; run "
+                "compress: its PPO takes probabilities, and with model.chunk there are none; run "
                 "sft, prune, sft and quantize one after another"
             )
+        self._pi0 = config.model.expert is not None
+        if self._pi0:
+            flow.refuse_tokens_options(config.sft)
+            flow.refuse_tokens_options(config.recovery)
+            prune_pi0.refuse_what_pi0_has_not(config.prune)
         self.config, self.out, self.say = config, out, say
         self.device = pick_device(device)
         self._latency = config.demonstrations.latency
@@ -98,7 +103,7 @@ class Pipeline:
         for stage in stages:
             places += sorted((self.out / "work" / stage).glob("corrections-?"))
         if self._held is None:
-            self._held = DemonstrationBatches(trainable.processor, trainable.codec, self.device)
+            self._held = flow.batches_for(trainable, self.device)
         for place in places:
             self._held.take(place)
         return self._held
@@ -114,7 +119,7 @@ class Pipeline:
         self.say(f"{name}: {'from ' + parent if parent else 'a new policy'}, on {self.device}")
         seed_everything(self.config.seed)
         if parent:
-            trainable = load_trainable(self.out / parent, self.device)
+            trainable = load_trainable(self.out / parent, self.device, pi0=self._pi0)
         else:
             proprioception = read_proprioception(self._demonstrations())
             environment = self.config.environment
@@ -150,22 +155,28 @@ class Pipeline:
         *stages: str,
         teacher: OpenVLA | None = None,
     ) -> dict[str, Any]:
-        work = self.out / "work" / name
+        where: dict[str, Any] = {
+            "seed": self.config.seed,
+            "device": self.device,
+            "work": self.out / "work" / name,
+        }
+        batches: Any = self._batches(trainable, *stages)
+        if self._pi0:
+            return flow.run(config, trainable, batches, **where)
         return sft.run(
             config,
             trainable,
-            self._batches(trainable, *stages),
-            seed=self.config.seed,
-            device=self.device,
-            work=work,
+            batches,
+            **where,
             latency=self._latency,
             teacher=teacher,
             environment=self.config.environment,
         )
 
     def _prune(self, trainable: Trainable) -> dict[str, Any]:
-        batches = self._batches(trainable, "original")
-        return prune.run(self.config.prune, trainable, batches, seed=self.config.seed)
+        batches: Any = self._batches(trainable, "original")
+        stage: Any = prune_pi0 if self._pi0 else prune
+        return stage.run(self.config.prune, trainable, batches, seed=self.config.seed)
 
     def _rl(self, trainable: Trainable, seed: int) -> dict[str, Any]:
         return rl.run(

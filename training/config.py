@@ -31,6 +31,21 @@ def _check(where: str, config: Any, *, positive: str = "", natural: str = "") ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertModelConfig:
+    """The shape of a new pi0's action expert; layers and heads are as many as the decoder's."""
+
+    hidden_size: int
+    ffn: int
+    chunk: int
+    """Actions of a chunk."""
+    steps: int = 10
+    """Of denoising."""
+
+    def __post_init__(self) -> None:
+        _check("expert", self, positive="hidden_size ffn chunk steps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The original policy's shape.
 
@@ -46,11 +61,17 @@ class ModelConfig:
     ffn: int
     chunk: int | None = None
     """Actions that one pass gives (OpenVLA-OFT; default: one, as tokens, as OpenVLA)."""
+    expert: ExpertModelConfig | None = None
+    """Makes it a pi0, whose tower is of kind `paligemma`."""
 
     def __post_init__(self) -> None:
         _check("model", self, positive="hidden_size head_dim layers heads kv_heads ffn")
         if self.chunk is not None:
             _check("model", self, positive="chunk")
+            if self.expert is not None:
+                raise UserError("model: 'chunk' and 'expert' are two kinds of policy; give one")
+        if (self.expert is None) == (self.tower.kind == "paligemma"):
+            raise UserError("model: an 'expert' and a tower of kind 'paligemma' belong together")
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:
@@ -327,6 +348,22 @@ class CoolingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowRlConfig:
+    """How PPO samples a pi0 policy, whose ODE becomes an SDE: see `training.flow_policy`."""
+
+    noise_level: float = 0.5
+    """The SDE's a, at a temperature of 1; πRL's (arXiv 2510.25889)."""
+    replan_steps: int = 0
+    """Actions of a chunk that are executed before the policy looks again, one of PPO's steps.
+
+    0: half of the chunk. The same as the nodes' parameter of that name.
+    """
+
+    def __post_init__(self) -> None:
+        _check("flow", self, positive="noise_level", natural="replan_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RlConfig:
     """PPO with critic warm-up and BC regularization.
 
@@ -343,7 +380,7 @@ class RlConfig:
     environments: int
     """Of all processes together, where several train; so are `minibatch` and `bc_batch`."""
     steps_per_update: int
-    """Per environment."""
+    """Decisions per environment."""
     minibatch: int
     epochs: int = 1
     learning_rate: float = 1e-5
@@ -362,7 +399,8 @@ class RlConfig:
     huber_delta: float = 10.0
     max_grad_norm: float = 1.0
     temperature: float = 1.0
-    """At which actions are sampled, and their log-probabilities taken."""
+    """At which actions are sampled, and their log-probabilities taken; pi0's noise is scaled by it.
+    """
     cooling: CoolingConfig | None = None
     """Another temperature and learning rate from some update on (default: none)."""
     first_seed: int = 5_000_000
@@ -374,6 +412,8 @@ class RlConfig:
     starts from are then taken once more before an update, for those of the rollout are float32."""
     lora: LoraConfig | None = None
     """Train adapters and the value head alone (default: every weight)."""
+    flow: FlowRlConfig | None = None
+    """Of a pi0 policy (default: as `FlowRlConfig` has it)."""
 
     def __post_init__(self) -> None:
         optional = "" if self.bc_final is None else "bc_final"

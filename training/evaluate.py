@@ -256,16 +256,15 @@ def _on_gpu(
     task: Evaluation, seeds: list[int], workers: int | None, films: Films
 ) -> Iterator[EpisodeResult]:
     from rlrc_ros.vla.action_codec import ActionCodec
-    from rlrc_ros.vla.policy import load_openvla
-    from rlrc_ros.vla.processor import Processor
+    from rlrc_ros.vla.policy import load_model, processor_of
 
     device = pick_device("cuda")
     bundle = open_bundle(task.policy)
     codec, units = bundle.config.action_codec, _units(bundle, task.environment)
     scaled = replace(codec, q01=tuple(codec.q01 * units), q99=tuple(codec.q99 * units))
     actor = Actor(
-        load_openvla(bundle, device),
-        Processor(bundle.config, bundle.tokenizer()),
+        load_model(bundle, device),
+        processor_of(bundle.config, bundle.tokenizer()),
         ActionCodec(scaled),
         device,
         min(workers or at_once(task.environment, ENVIRONMENTS), max(1, len(seeds))),

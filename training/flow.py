@@ -119,6 +119,14 @@ class FlowBatches(DemonstrationBatches):
         )
 
 
+def batches_for(trainable: Trainable, device: torch.device) -> DemonstrationBatches:
+    """Where demonstrations for a policy go; for pi0 with chunks of actions."""
+    expert = trainable.config.architecture.expert
+    if expert is None:
+        return DemonstrationBatches(trainable.processor, trainable.codec, device)
+    return FlowBatches(trainable.processor, trainable.codec, device, expert)
+
+
 def flow_loss(model: Pi0, batch: FlowBatch) -> Tensor:
     """Mean squared error of the flow, over actions that are known.
 
@@ -161,6 +169,18 @@ class FlowTrainer(Trainer):
             return (flow_loss(self._model, batch),)
 
 
+def refuse_tokens_options(config: SftConfig) -> None:
+    """Say that an option is there for action tokens only.
+
+    Raises:
+        UserError: naming it.
+    """
+    refused = ("corrections", "grounding", "label_width", "distillation", "freeze_vision")
+    for name in (*refused, "augmentation"):
+        if getattr(config, name):
+            raise UserError(f"sft: '{name}' is not there for a pi0 policy; leave it out")
+
+
 def run(
     config: SftConfig,
     trainable: Trainable,
@@ -176,10 +196,7 @@ def run(
     Raises:
         UserError: the configuration asks for what is there for action tokens only.
     """
-    refused = ("corrections", "grounding", "label_width", "distillation", "freeze_vision")
-    for name in (*refused, "augmentation"):
-        if getattr(config, name):
-            raise UserError(f"sft: '{name}' is not there for a pi0 policy; leave it out")
+    refuse_tokens_options(config)
     if ranks.sharded:
         raise UserError(
             "sft: the weights of a pi0 policy cannot be shared out; launch without FSDP"

@@ -47,7 +47,7 @@ def prune(model: Pi0, config: PruneConfig, batches: FlowBatches | None) -> Plan:
         UserError: the target cannot be reached, or is none that pi0 has; or there are no
             demonstrations, and the importance takes them.
     """
-    _refuse_what_pi0_has_not(config)
+    refuse_what_pi0_has_not(config)
     part = config.part or "llm"
     with measuring(model, batches, config) as measure:
         scores = {
@@ -79,7 +79,12 @@ def _without_unused(decoder: DecoderConfig, ffn_multiple: int) -> DecoderConfig:
     return replace(decoder, layers=(*layers, least))
 
 
-def _refuse_what_pi0_has_not(config: PruneConfig) -> None:
+def refuse_what_pi0_has_not(config: PruneConfig) -> None:
+    """Say that a way of pruning is not there for pi0.
+
+    Raises:
+        UserError: naming it.
+    """
     if config.granularity is None or (config.remove is None and config.max_latency_ms is None):
         raise UserError(
             "prune: of a pi0 policy give 'remove' or 'max_latency_ms', with 'granularity'"

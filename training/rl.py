@@ -2,10 +2,10 @@
 
     rlrc rl CONFIG --policy BUNDLE --demonstrations DIR --out BUNDLE --seed 0
 
-stable-baselines3's PPO over action tokens. The policy's log-probability is the sum over the
-action's tokens; the value is a small MLP on the hidden state that the first action token is
-predicted from, so actor and critic share the backbone. The reward is 1 when the task is done, else
-0.
+stable-baselines3's PPO. The log-probability of an OpenVLA's action is the sum over its tokens; the
+value is a small MLP on the hidden state that the first action token is predicted from, so actor and
+critic share the backbone. How pi0 comes by both is said in `training.flow_policy`. The reward is 1
+when the task is done, else 0.
 
 RLRC (arXiv 2506.17639) adds two things, whose settings it does not publish. Critic warm-up: for
 some updates the value head alone learns, so that no random critic steers the actor. BC
@@ -15,26 +15,24 @@ regularization: the SFT loss on demonstrations joins PPO's in every optimiser st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
-from rlrc_ros.vla.action_codec import ActionCodec
-from rlrc_ros.vla.openvla import Inputs, OpenVLA
+from training.actor_critic import Actions, TokenActions, TokenPolicy, VlaPolicy
 from training.bundles import Trainable
 from training.common import (
     MetricsLog,
@@ -49,139 +47,12 @@ from training.common import (
 )
 from training.config import RlConfig, stated
 from training.data.batches import DemonstrationBatches
+from training.envs.macro import MacroSteps
 from training.envs.vector import make_vector
+from training.flow_policy import ChunkActions, FlowPolicy, flow_settings
 from training.lora import Adapters, refuse_new
 from training.ranks import ALONE, Ranks
 from training.rollout import Batcher, Decoder
-from training.sft import bc_loss
-
-
-class TokenActions(VecEnvWrapper):
-    """Takes action tokens, hands continuous actions on.
-
-    Attributes:
-        seconds: that environments have taken so far.
-    """
-
-    def __init__(self, venv: VecEnv, codec: ActionCodec) -> None:
-        bins = gym.spaces.MultiDiscrete([codec.config.n_bins] * codec.config.dimensions)
-        super().__init__(venv, action_space=bins)
-        self._codec, self.seconds = codec, 0.0
-
-    def reset(self) -> Any:
-        """Start every environment's next episode."""
-        self._began = time.perf_counter()
-        return self._timed(self.venv.reset())
-
-    def step_async(self, actions: NDArray[np.int64]) -> None:
-        """Decode the tokens and step."""
-        self._began = time.perf_counter()
-        self.venv.step_async(self._codec.decode(actions))
-
-    def step_wait(self) -> Any:
-        """What the environments answered."""
-        return self._timed(self.venv.step_wait())
-
-    def _timed(self, answer: Any) -> Any:
-        self.seconds += time.perf_counter() - self._began
-        return answer
-
-
-class ValueHead(nn.Module):
-    """(B, hidden) -> (B,). RL4VLA's sizes."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        last = nn.Linear(128, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(
-            nn.Linear(hidden, 512), nn.SiLU(), nn.Linear(512, 128), nn.SiLU(), last
-        )
-
-    def forward(self, state: Tensor) -> Tensor:
-        """The value of each state, in float32 whatever the policy is in."""
-        with torch.autocast(state.device.type, enabled=False):
-            return self.layers(state.float())[:, 0]
-
-
-class TokenPolicy(ActorCriticPolicy):
-    """An OpenVLA as stable-baselines3's actor-critic.
-
-    Args:
-        observation_space: as `SeededTabletop` has it.
-        action_space: MultiDiscrete over the action's tokens.
-        lr_schedule: the actor's learning rate.
-        model: the policy to train, on its device.
-        decoder: the same model, for rollouts.
-        batcher: observations to the model's inputs.
-        value_learning_rate: the value head's.
-        temperature: at which actions are sampled and log-probabilities taken.
-    """
-
-    def __init__(
-        self,
-        observation_space: gym.spaces.Space,
-        action_space: gym.spaces.Space,
-        lr_schedule: Callable[[float], float],
-        *,
-        model: OpenVLA,
-        decoder: Decoder,
-        batcher: Batcher,
-        value_learning_rate: float,
-        temperature: float,
-        **kwargs: Any,
-    ) -> None:
-        # In a tuple: modules cannot be registered before super().__init__.
-        self._vla = (model,)
-        self._batcher = batcher
-        self._decoder = (decoder,)
-        self._value_learning_rate, self.temperature = value_learning_rate, temperature
-        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
-
-    @property
-    def decoder(self) -> Decoder:
-        """The model as rollouts use it."""
-        return self._decoder[0]
-
-    def _build(self, lr_schedule: Callable[[float], float]) -> None:
-        self.model = self._vla[0]
-        self.value_head = ValueHead(self.model.config.decoder.hidden_size)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [p for p in self.model.parameters() if p.requires_grad],
-                    "lr": lr_schedule(1),
-                },
-                {"params": list(self.value_head.parameters()), "lr": self._value_learning_rate},
-            ],
-            weight_decay=0.0,
-        )
-
-    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample: bins (B, D), values (B,), log-probabilities (B,)."""
-        temperature = 0.0 if deterministic else self.temperature
-        bins, log_probability, state = self.decoder(self._inputs(obs), temperature)
-        return bins, self.value_head(state), log_probability
-
-    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, log-probabilities and entropies of given bins, (B,), summed over tokens."""
-        bins = actions.long()
-        logits, state = self.model(self._inputs(obs), bins)
-        log_p = (logits.float() / self.temperature).log_softmax(-1)
-        chosen = log_p.gather(-1, bins[..., None])[..., 0].sum(-1)
-        return self.value_head(state), chosen, -(log_p.exp() * log_p).sum((-1, -2))
-
-    def predict_values(self, obs: Any) -> Tensor:
-        """Values, (B,)."""
-        return self.value_head(self.model.state(self._inputs(obs)))
-
-    def _inputs(self, obs: Any) -> Inputs:
-        # stable-baselines3 moves the channels of everything that looks like an image to the front.
-        return self._batcher({**obs, "image": obs["image"].permute(0, 2, 3, 1)})
-
-    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
-        return self.forward(observation, deterministic)[0]
 
 
 class RecoveryPPO(PPO):
@@ -193,8 +64,8 @@ class RecoveryPPO(PPO):
 
     def __init__(
         self,
-        policy: type[TokenPolicy],
-        env: TokenActions,
+        policy: type[VlaPolicy],
+        env: Actions,
         config: RlConfig,
         demonstrations: DemonstrationBatches,
         work: Path,
@@ -203,7 +74,7 @@ class RecoveryPPO(PPO):
         **kwargs: Any,
     ) -> None:
         self.config, self.demonstrations, self.work = config, demonstrations, work
-        self.update_number = 0
+        self.update_number = self.executed = 0
         self._simulator, self._adapters, self._ranks = env, adapters, ranks
         self._bc_batch = ranks.share_of(config.bc_batch, "rl: 'bc_batch'")
         super().__init__(
@@ -213,7 +84,7 @@ class RecoveryPPO(PPO):
             n_steps=config.steps_per_update,
             batch_size=ranks.share_of(config.minibatch, "rl: 'minibatch'"),
             n_epochs=config.epochs,
-            gamma=config.gamma,
+            gamma=config.gamma**env.replan_steps,
             gae_lambda=config.gae_lambda,
             clip_range=config.clip,
             max_grad_norm=config.max_grad_norm,
@@ -226,17 +97,17 @@ class RecoveryPPO(PPO):
         """Roll out from fresh scenes, counting episodes and successes."""
         self._began, self._simulated = time.perf_counter(), self._simulator.seconds
         self._ended: list[tuple[bool, int]] = []
-        self._lengths = np.zeros(env.num_envs, int)
+        self._lengths, self._executed = np.zeros(env.num_envs, int), 0
         first = self.config.first_seed + 1_000_000 * (self.seed or 0)
         for i in range(env.num_envs):
             place = self._ranks.number * env.num_envs + i
             start = first + (self.update_number * self.config.environments + place) * 100
             env.env_method("set_seeds", range(start, start + 100), indices=i)
-        assert isinstance(self.policy, TokenPolicy)
+        assert isinstance(self.policy, VlaPolicy)
         sampled = sampling(self.update_number, self.config)
         self.policy.temperature, self.policy.optimizer.param_groups[0]["lr"] = sampled
         with self._adapters.folded() if self._adapters else nullcontext():
-            self.policy.decoder.refresh()
+            self.policy.refresh()
         self._last_obs = env.reset()  # type: ignore[assignment]
         self._last_episode_starts = np.ones(env.num_envs, bool)
         going = super().collect_rollouts(env, *args, **kwargs)
@@ -246,7 +117,9 @@ class RecoveryPPO(PPO):
     def _update_info_buffer(
         self, infos: list[dict[str, Any]], dones: NDArray[np.bool_] | None = None
     ) -> None:
-        self._lengths += 1
+        counts = np.array([info.get("executed", 1) for info in infos])
+        self._lengths += counts
+        self._executed += int(counts.sum())
         for i in np.flatnonzero(dones if dones is not None else []):
             self._ended.append((infos[i]["success"], int(self._lengths[i])))
             self._lengths[i] = 0
@@ -254,7 +127,7 @@ class RecoveryPPO(PPO):
     def train(self) -> None:
         """One PPO update."""
         config, policy = self.config, self.policy
-        assert isinstance(policy, TokenPolicy)
+        assert isinstance(policy, VlaPolicy)
         policy.set_training_mode(True)
         warming = self.update_number < config.critic_warmup
         actor = [p for n, p in self._learning.items() if n.startswith("model.")]
@@ -283,13 +156,14 @@ class RecoveryPPO(PPO):
 
     def _add_gradients(self, batch: Any, warming: bool) -> dict[str, Tensor]:
         """Of PPO's losses and BC's, part by part; returns what there is to watch."""
-        config = self.config
+        config, policy = self.config, self.policy
+        assert isinstance(policy, VlaPolicy)
         advantages = self._normalised(batch.advantages)
         seen: dict[str, Tensor] = {}
         for rows, weight in self._parts(len(advantages)):
             observations = {name: value[rows] for name, value in batch.observations.items()}
             with self._autocast():
-                values, log_probability, entropy = self.policy.evaluate_actions(
+                values, log_probability, entropy = policy.evaluate_actions(
                     observations, batch.actions[rows]
                 )
             assert entropy is not None
@@ -314,12 +188,12 @@ class RecoveryPPO(PPO):
                 seen[name] = seen.get(name, 0) + weight * value.detach()
         coefficient = bc_coefficient(self.update_number, config)
         if coefficient and not warming:
-            shown = self.demonstrations.sample(self._bc_batch)
-            for rows, weight in self._parts(len(shown)):
+            shown = policy.shown(self.demonstrations, self._bc_batch)
+            for rows, _ in self._parts(len(shown)):
                 with self._autocast():
-                    loss = bc_loss(self.policy.model, shown[rows])  # type: ignore[arg-type]
-                (coefficient * weight * loss).backward()
-                seen["bc_loss"] += weight * loss.detach()
+                    loss = policy.bc_loss(shown, rows)
+                (coefficient * loss).backward()
+                seen["bc_loss"] += loss.detach()
         return seen
 
     def _parts(self, size: int) -> Iterator[tuple[slice, float]]:
@@ -358,20 +232,21 @@ class RecoveryPPO(PPO):
     def _record(self, losses: dict[str, float], warming: bool) -> None:
         learned, ranks, buffer = time.perf_counter(), self._ranks, self.rollout_buffer
         counts = [len(self._ended), sum(s for s, _ in self._ended), sum(n for _, n in self._ended)]
+        counts.append(self._executed)
         rollout = self._rolled_out - self._began
         simulator = self._simulator.seconds - self._simulated
         times = [rollout, simulator, learned - self._rolled_out]
         facts = ranks.mean(torch.tensor([*counts, *times]))
-        episodes, successes, steps = (facts[:3] * ranks.count).round().int().tolist()
-        rollout, simulator, learning = facts[3:].tolist()
+        episodes, successes, steps, executed = (facts[:4] * ranks.count).round().int().tolist()
+        rollout, simulator, learning = facts[4:].tolist()
+        self.executed += executed
         values, returns = (
             torch.cat(ranks.gather(torch.from_numpy(x.flatten()))).numpy()
             for x in (buffer.values, buffer.returns)
         )
-        collected = self.config.environments * self.config.steps_per_update
         row: dict[str, Any] = {
             "step": self.update_number,
-            "environment_steps": self.num_timesteps * ranks.count,
+            "environment_steps": self.executed,
             "episodes": episodes,
             "success": successes / max(1, episodes),
             "episode_steps": steps / max(1, episodes),
@@ -383,7 +258,7 @@ class RecoveryPPO(PPO):
             "learning_s": learning,
             "simulator_s": simulator,
             "inference_s": rollout - simulator,
-            "environment_steps_per_s": collected / (rollout + learning),
+            "environment_steps_per_s": executed / (rollout + learning),
         }
         if ranks.first:
             self._log.write(**row)
@@ -400,6 +275,7 @@ class RecoveryPPO(PPO):
         facts = {
             "update": self.update_number,
             "timesteps": self.num_timesteps,
+            "executed": self.executed,
             "ranks": self._ranks.count,
         }
         if self._ranks.first:
@@ -425,6 +301,7 @@ class RecoveryPPO(PPO):
             restore_rng(own, self.device)
             restore_numpy_rng(own)
             self.update_number, self.num_timesteps = facts["update"], facts["timesteps"]
+            self.executed = facts.get("executed", self.num_timesteps * ranks.count)
         if ranks.first:
             self._log = MetricsLog(self.work / "log.csv", self.update_number)
             board = str(self.work / "tensorboard")
@@ -471,41 +348,56 @@ def run(
     """Train in place, resuming from `work` where an earlier run was killed.
 
     Returns the stage's facts. Rollouts are float32, and so is learning unless the configuration
-    says otherwise: log-probabilities of the sampled tokens, taken with the KV cache, must equal the
-    teacher-forced ones for the ratio to start at 1, and in bfloat16 they do not.
+    says otherwise: log-probabilities of what was sampled, one token or one step of denoising after
+    the other, must equal those of all at once for the ratio to start at 1, and in bfloat16 they do
+    not.
 
+    batches: for pi0 `training.flow.FlowBatches`.
     ranks: who trains together, each with its part of the environments; the first one has `work`.
 
     Raises:
-        UserError: the policy has no action tokens; or numbers cannot be divided among `ranks`.
+        UserError: the policy gives no probabilities, or does not fit the environment or the
+            configuration; or numbers cannot be divided among `ranks`.
     """
     if trainable.config.architecture.action_head is not None:
         raise UserError(
-            "rl: PPO here is over action tokens, and the policy gives chunks of continuous "
-            "actions; recover it by sft alone"
+            "rl: PPO takes probabilities of actions, and the policy gives chunks of continuous "
+            "actions without any; recover it by sft alone"
         )
     if ranks.sharded:
         raise UserError("rl: rollouts take a whole policy; launch without FSDP")
+    flow = flow_settings(config, trainable)
     environments = ranks.share_of(config.environments, "rl: 'environments'")
     work.mkdir(parents=True, exist_ok=True)
-    processor, codec, model = trainable.processor, trainable.codec, trainable.model
+    codec, model = trainable.codec, trainable.model
     began = time.perf_counter()
     adapters = None
     if config.lora:
         refuse_new(trainable, "rl")
         torch.manual_seed(seed)
         adapters = Adapters(model, config.lora, torch.float32)
-    with adapters.folded() if adapters else nullcontext():
-        decoder = Decoder(model, environments)
-    # Each update gives every environment its scenes.
-    size = trainable.config.architecture.towers[0].image_size
     venv = make_vector(
-        lambda *_: range(0), environments, environment, latency=latency, image_size=size
+        lambda *_: range(0),  # each update gives every environment its scenes
+        environments,
+        environment,
+        partial(MacroSteps, actions=flow.replan_steps, gamma=config.gamma) if flow else None,
+        latency=latency,
+        image_size=trainable.config.architecture.towers[0].image_size,
     )
+    kind: type[VlaPolicy]
+    actions: Actions
     try:
+        _refuse_other_images(trainable, venv, environment)
+        if flow is None:
+            kind, actions = TokenPolicy, TokenActions(venv, codec)
+            with adapters.folded() if adapters else nullcontext():
+                options: dict[str, Any] = {"decoder": Decoder(model, environments)}
+        else:
+            kind, actions = FlowPolicy, ChunkActions(venv, codec, model.config.expert, flow)
+            options = {"flow": flow, "dimensions": codec.config.dimensions}
         algorithm = RecoveryPPO(
-            TokenPolicy,
-            TokenActions(venv, codec),
+            kind,
+            actions,
             config,
             batches,
             work,
@@ -513,10 +405,10 @@ def run(
             ranks,
             policy_kwargs={
                 "model": model,
-                "decoder": decoder,
-                "batcher": Batcher(processor, device),
+                "batcher": Batcher(trainable.processor, device),
                 "value_learning_rate": config.value_learning_rate,
                 "temperature": config.temperature,
+                **options,
             },
             seed=seed,
             device=device,
@@ -531,4 +423,17 @@ def run(
         adapters.fold()
     model.eval().requires_grad_(True)
     facts = {"seed": seed, "seconds": time.perf_counter() - began, **ranks.facts}
-    return {**facts, **stated(config)}
+    return {**facts, **stated(replace(config, flow=flow))}
+
+
+def _refuse_other_images(trainable: Trainable, venv: VecEnv, environment: str) -> None:
+    """Say that the policy looks at something else than the environment shows."""
+    architecture = trainable.config.architecture
+    spaces: Any = venv.observation_space
+    height, width = spaces["image"].shape[:2]
+    size = architecture.towers[0].image_size
+    if architecture.images != 1 or (height, width) != (size, size):
+        raise UserError(
+            f"rl: {environment} shows one image of {height}×{width}, and the policy takes "
+            f"{architecture.images} of {size}×{size}"
+        )

@@ -13,9 +13,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from rlrc_ros.vla.action_codec import ActionCodec
+from rlrc_ros.vla.chunk_engine import EagerChunkEngine
 from rlrc_ros.vla.engine import Unrolled
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.openvla_oft import OpenVLAOFT
+from rlrc_ros.vla.pi0 import Pi0
+from rlrc_ros.vla.pi0_engine import Pi0EagerEngine
 from rlrc_ros.vla.processor import Processor
 from training.augmentation import centre_cropped
 from training.envs.tabletop import decode_text
@@ -39,11 +42,15 @@ class Batcher:
         images = torch.as_tensor(observation["image"]).to(device)
         if (share := processor.config.center_crop) != 1.0:
             images = centre_cropped(images, share)
+        if processor.config.architecture.expert is not None:  # which has cameras in a row
+            images = images[:, None]
         return Inputs(
             ids.to(device),
             None if mask is None else mask.to(device),
             processor.pixel_values(images),
-            processor.normalise_proprioception(proprioception),
+            processor.normalise_proprioception(proprioception)
+            if processor.config.proprioception
+            else None,
         )
 
 
@@ -129,7 +136,7 @@ class Actor:
 
     def __init__(
         self,
-        model: OpenVLA,
+        model: OpenVLA | Pi0,
         processor: Processor,
         codec: ActionCodec,
         device: torch.device,
@@ -137,8 +144,14 @@ class Actor:
     ) -> None:
         self.environments = environments
         self.image_size = processor.config.architecture.towers[0].image_size
-        self._model, self._codec = model, codec
-        self._decoder = None if isinstance(model, OpenVLAOFT) else Decoder(model, environments)
+        self._codec = codec
+        self._decoder = self._chunks = None
+        if isinstance(model, Pi0):
+            self._chunks = Pi0EagerEngine(model).chunk
+        elif isinstance(model, OpenVLAOFT):
+            self._chunks = EagerChunkEngine(model).chunk
+        else:
+            self._decoder = Decoder(model, environments)
         self._batch = Batcher(processor, device)
 
     def act(self, observation: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
@@ -146,8 +159,9 @@ class Actor:
         inputs = self._batch(observation)
         if self._decoder is not None:
             return self._codec.decode(self._decoder(inputs)[0].cpu().numpy())
-        with torch.no_grad():
-            return self._codec.unscale(self._model(inputs)[:, 0].double().cpu().numpy())
+        assert self._chunks is not None
+        first = self._chunks(inputs)[:, 0, : self._codec.config.dimensions]
+        return self._codec.unscale(first.double().cpu().numpy())
 
 
 @dataclass

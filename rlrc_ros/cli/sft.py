@@ -44,10 +44,11 @@ def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[s
         "work": work_directory(arguments, config, trainable),
         "ranks": join(arguments.device),
     }
+    settings = config.recovery if arguments.policy else config.sft
     if trainable.config.architecture.expert is not None:
-        return flow.run(config.recovery, trainable, batches(arguments, trainable), **where)
+        return flow.run(settings, trainable, batches(arguments, trainable), **where)
     return sft.run(
-        config.recovery if arguments.policy else config.sft,
+        settings,
         trainable,
         batches(arguments, trainable),
         **where,

@@ -29,7 +29,8 @@ def add_stage_arguments(
     parser.add_argument(
         "config",
         help="the pipeline's YAML, of which the stage's section is used: a file, or the "
-        "name of one of the package's own (tabletop, tiny, libero_object, libero_spatial)",
+        "name of one of the package's own (tabletop, tiny, pi0_tabletop, libero_object, "
+        "libero_spatial)",
     )
     parser.add_argument(
         "--policy",
@@ -107,14 +108,9 @@ def run_stage(
 def batches(arguments: argparse.Namespace, trainable: Any) -> Any:
     """Everything in the directories given, on the device; for pi0 with chunks of actions."""
     from training.common import pick_device
-    from training.data.batches import DemonstrationBatches
-    from training.flow import FlowBatches
+    from training.flow import batches_for
 
-    device, expert = pick_device(arguments.device), trainable.config.architecture.expert
-    if expert is None:
-        found = DemonstrationBatches(trainable.processor, trainable.codec, device)
-    else:
-        found = FlowBatches(trainable.processor, trainable.codec, device, expert)
+    found = batches_for(trainable, pick_device(arguments.device))
     for directory in arguments.demonstrations:
         found.take(directory)
     return found

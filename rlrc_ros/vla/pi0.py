@@ -175,10 +175,19 @@ class Pi0(nn.Module):
         Returns:
             (B, chunk, action_width) float32: noise − actions.
         """
-        expert, batch = self.expert, len(noisy)
-        suffix = torch.cat(
-            [self.embed_state(proprioception, batch), self.embed_actions(noisy, time)], 1
-        )
+        state = self.embed_state(proprioception, len(noisy))
+        suffix = torch.cat([state, self.embed_actions(noisy, time)], 1)
+        return self.expert.action_out_proj(self._hidden(prefix, suffix)[:, 1:]).float()
+
+    def state(self, prefix: Prefix, proprioception: Tensor | None) -> Tensor:
+        """The expert's last hidden state at the proprioception, (B, its hidden).
+
+        It sees the whole prefix and no action, so it is a function of the observation alone.
+        """
+        return self._hidden(prefix, self.embed_state(proprioception, len(prefix.mask)))[:, 0]
+
+    def _hidden(self, prefix: Prefix, suffix: Tensor) -> Tensor:
+        """Proprioception and actions through the expert, (B, T, its hidden)."""
         cache = DynamicCache()
         for i, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             cache.update(keys, values, i)
@@ -186,15 +195,14 @@ class Pi0(nn.Module):
         mask = F.pad(prefix.mask, (0, tokens), value=True)[:, None, None]
         mask = mask.repeat(1, 1, tokens, 1)
         mask[:, :, 0, length + 1 :] = False  # the proprioception sees no action
-        steps = torch.arange(tokens, device=noisy.device)
-        hidden = expert.model(
+        steps = torch.arange(tokens, device=suffix.device)
+        return self.expert.model(
             inputs_embeds=suffix,
             attention_mask=mask,
             position_ids=prefix.mask.sum(1, keepdim=True) + steps[None],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return expert.action_out_proj(hidden[:, 1:]).float()
 
     def embed_state(self, proprioception: Tensor | None, batch: int) -> Tensor:
         """(B, P) -> (B, 1, expert's hidden)."""

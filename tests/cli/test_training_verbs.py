@@ -6,7 +6,9 @@ import re
 import shutil
 
 import pytest
+import torch
 
+from rlrc_ros.errors import UserError
 from rlrc_ros.paths import config_file
 from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.timing import INSTRUCTION, synthetic_observation
@@ -15,6 +17,7 @@ from rlrc_ros.vla.bundle import open_bundle, provenance, write_bundle
 from rlrc_ros.vla.processor import word_tokenizer
 from tests.conftest import WORDS
 from tests.vla.pi0_policies import pi0_config, random_pi0
+from training.bundles import load_trainable
 from training.config import load_config
 from training.data.collect import collect_demonstrations
 
@@ -240,12 +243,14 @@ def test_pi0_fine_tuned(rlrc, tmp_path):
     assert trained.provenance["parent"] == bundle.hash
 
 
-def test_stages_that_pi0_has_not(refused, pi0_bundle, tmp_path):
+def test_what_pi0_takes_to_be_pruned(refused, pi0_bundle, tmp_path):
     file = with_prune_section(tmp_path / "run.yaml", "  remove: 0.4\n  granularity: both")
     words = [file, "--policy", pi0_bundle.path, "--out", tmp_path / "out", "--device", "cpu"]
-    assert "is a pi0 policy; this takes one that decides by action tokens" in refused(
-        "rl", *words, "--demonstrations", tmp_path
-    )
     assert "importance 'taylor' is measured on demonstrations; name some" in refused(
         "prune", *words
     )
+
+
+def test_a_pi0_is_no_teacher_of_tokens(pi0_bundle):
+    with pytest.raises(UserError, match="is a pi0 policy; this takes one that decides by action"):
+        load_trainable(pi0_bundle.path, torch.device("cpu"))

@@ -8,11 +8,12 @@ import torch
 from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla.processor import word_tokenizer
 from tests.training.conftest import batches_of, small_demonstrations, small_trainable
+from training.actor_critic import TokenActions, TokenPolicy
 from training.config import RlConfig
 from training.envs.tabletop import TEXT_BYTES
 from training.envs.vector import make_vector
 from training.ranks import ALONE
-from training.rl import RecoveryPPO, TokenActions, TokenPolicy
+from training.rl import RecoveryPPO
 from training.rollout import Batcher, Decoder
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def recovery(config, work, ranks=ALONE):
     algorithm.restore_state()
     fill(algorithm, ranks)
     algorithm._ended, algorithm._began, algorithm._rolled_out = [(True, 3)], 0.0, 1.0
-    algorithm._simulated = 0.0
+    algorithm._simulated, algorithm._executed = 0.0, STEPS
     return algorithm
 
 

@@ -166,7 +166,7 @@ def test_a_new_policy_gives_chunks_where_its_shape_says_so(tmp_path):
     shape = dataclasses.replace(config.model, chunk=4)
     policy = new_trainable(shape, np.zeros((2, 8), np.float32), CPU)
     assert policy.model.config.action_head.chunk == 4
-    with pytest.raises(UserError, match="compress: its PPO is over action tokens"):
+    with pytest.raises(UserError, match="compress: its PPO takes probabilities"):
         Pipeline(dataclasses.replace(config, model=shape), tmp_path / "run", "cpu", print)
     assert not (tmp_path / "run").exists()
 
@@ -174,7 +174,7 @@ def test_a_new_policy_gives_chunks_where_its_shape_says_so(tmp_path):
 def test_what_needs_tokens_is_refused(tmp_path, demonstrations):
     policy = policy_of()
     data = batches_of(demonstrations, policy)
-    with pytest.raises(UserError, match="rl: PPO here is over action tokens"):
+    with pytest.raises(UserError, match="rl: PPO takes probabilities of actions"):
         rl.run(None, policy, data, seed=0, device=CPU, work=tmp_path, latency=(0.0, 0.0))
     with pytest.raises(UserError, match="label_width is about tokens"):
         Trainer(policy.model, data, CONFIG, CPU, tmp_path)

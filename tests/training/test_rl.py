@@ -12,9 +12,10 @@ from tests.training import recovery
 from tests.training.conftest import batches_of
 from tests.training.recovery import tabletop_demonstrations, tabletop_policy
 from training import rl
+from training.actor_critic import TokenActions, TokenPolicy
 from training.common import MetricsLog
 from training.config import CoolingConfig, LoraConfig, RlConfig
-from training.rl import RecoveryPPO, TokenPolicy, bc_coefficient
+from training.rl import RecoveryPPO, bc_coefficient
 from training.rollout import Batcher, Decoder
 from training.sft import bc_loss
 
@@ -155,7 +156,6 @@ def test_another_seed_is_another_run(policy, data, tmp_path):
 def test_values_and_log_probabilities_are_of_the_right_shape(policy):
     trainable = policy()
     from training.envs.vector import make_vector
-    from training.rl import TokenActions
 
     venv = TokenActions(make_vector(lambda *_: range(5), 1, latency=(0.0, 0.0)), trainable.codec)
     actor_critic = TokenPolicy(

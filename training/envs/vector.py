@@ -33,6 +33,7 @@ def make_vector(
     seeds: Callable[[int, int], Iterable[int]],
     environments: int,
     environment: str = "tabletop",
+    wrap: Callable[[Env], Env] | None = None,
     **kwargs: Any,
 ) -> VecEnv:
     """Environments side by side; a single one runs in this process.
@@ -41,16 +42,22 @@ def make_vector(
         seeds: called with (index, environments), gives that environment's seeds.
         environments: how many.
         environment: which.
+        wrap: put around each; importable by name.
         kwargs: passed on to `make_environment`.
     """
     makers = [
-        partial(make_environment, environment, seeds(i, environments), **kwargs)
+        partial(_made, wrap, environment, seeds(i, environments), **kwargs)
         for i in range(environments)
     ]
     if environments == 1:
         return DummyVecEnv(makers)  # type: ignore[arg-type]
     fork_server()
     return Environments([partial(_in_worker, make) for make in makers], start_method="forkserver")
+
+
+def _made(wrap: Callable[[Env], Env] | None, *arguments: Any, **kwargs: Any) -> Env:
+    env = make_environment(*arguments, **kwargs)
+    return wrap(env) if wrap else env
 
 
 def share(seeds: Sequence[int], index: int, environments: int) -> Sequence[int]:

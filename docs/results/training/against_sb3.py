@@ -24,6 +24,7 @@ from two_gpus import made_up, model_of
 
 from rlrc_ros.timing import machine
 from training import rl
+from training.actor_critic import TokenActions, TokenPolicy
 from training.config import RlConfig
 from training.envs.vector import make_vector
 from training.rollout import Batcher
@@ -73,8 +74,8 @@ def stock(config, policy, device):
     )
     try:
         algorithm = Stock(
-            rl.TokenPolicy,
-            rl.TokenActions(venv, policy.codec),
+            TokenPolicy,
+            TokenActions(venv, policy.codec),
             learning_rate=config.learning_rate,
             n_steps=config.steps_per_update,
             batch_size=config.minibatch,
