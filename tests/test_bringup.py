@@ -132,7 +132,7 @@ def test_an_executable_that_is_not_installed_is_named():
 
 
 def test_the_transport_profile_gives_shared_memory_for_an_image_and_no_tcp():
-    (file,) = bringup.TRANSPORT_ENVIRONMENT.values()
+    (file,) = (v for k, v in bringup.TRANSPORT_ENVIRONMENT.items() if k.endswith("_PROFILES_FILE"))
     root = ElementTree.parse(file).getroot()
     space = {"dds": root.tag.partition("}")[0].strip("{")}
     kinds = {e.text for e in root.iterfind(".//dds:transport_descriptor/dds:type", space)}

@@ -376,7 +376,8 @@ def test_alone_nodes_that_find_each_other_ten_seconds_late(
         twists = ros.collect(TwistStamped, "ee_command", COMMAND_QOS)
         ros.spin(10.0)
         assert not heard and not statuses and not ros.node.count_publishers("joint_states")
-        environment = dict.fromkeys(bringup.TRANSPORT_ENVIRONMENT, str(profiles))
+        names = [name for name in bringup.TRANSPORT_ENVIRONMENT if name.endswith("_PROFILES_FILE")]
+        environment = dict.fromkeys(names, str(profiles))
         environment |= {"ROS_DISCOVERY_SERVER": "", "ROS_SUPER_CLIENT": ""}
         start([sys.executable, "-c", SERVE], environment=environment)
         ros.published("joint_states")
