@@ -333,12 +333,14 @@ def cost_figure(figure: Figure, results: list[Result]) -> None:
         {"none": _COLOURS[0], "nf4": _COLOURS[1]}.get(r["quantization"], _COLOURS[2])
         for r in results
     ]
-    left.barh(places, [r["latency_ms"]["p50"] for r in results], color=colours)
-    left.scatter([r["latency_ms"]["p99"] for r in results], places, color="black", s=8, zorder=3)
+    # Against the original's beside it: a machine's own speed changes from one cell to the next.
+    times = np.array([r["latency_of_original"] for r in results])
+    ends = np.array([r["latency_of_original_ci95"] for r in results]).T
+    left.barh(places, times, xerr=abs(ends - times), color=colours, error_kw={"linewidth": 1})
     right.barh(places, [r["memory_bytes"]["llm"] / 1e6 for r in results], color=colours)
     left.set_yticks(places, names)
     left.invert_yaxis()
-    left.set_xlabel("latency (ms): bar p50, dot p99")
+    left.set_xlabel("latency against the original's, 95% interval")
     right.set_xlabel("LLM in memory (MB)")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
