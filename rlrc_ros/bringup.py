@@ -27,10 +27,10 @@ TRANSPORT_ENVIRONMENT = {
 """Has to be set in every process that sends images, or Fast DDS drops most of them.
 
 The profile gives each process enough shared memory for images, and lets go of what readers have
-taken. Fast DDS's own answer to the
-problem, FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA, adds TCP channels: with 3.2 about one start in a
-hundred never finds its peers, and then deadlocks at exit. ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST
-undoes the profile: rmw_fastrtps then chooses the transports itself.
+taken. Fast DDS's own answer to the first, FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA, adds TCP channels:
+with 3.2 about one start in a hundred never finds its peers, and then deadlocks at exit.
+ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST undoes the profile: rmw_fastrtps then chooses the transports
+itself.
 """
 
 

@@ -37,7 +37,7 @@ from rlrc_ros.vla.openvla_oft import OpenVLAOFT
 from rlrc_ros.vla.pi0 import Pi0
 from rlrc_ros.vla.pi0_engine import Pi0GraphEngine
 from rlrc_ros.vla.policy import build_model, engines_of, usual_engine
-from training.common import pick_device
+from training.common import compute_dtype, pick_device
 from training.config import PruneConfig
 from training.importance import GroupScores
 from training.planning import Plan, best_plan, decoders_of, inner_layers
@@ -277,7 +277,7 @@ class Contestant:
     def __init__(
         self, architecture: ArchitectureConfig, like: OpenVLA | Pi0, device: torch.device
     ) -> None:
-        dtype = working_dtype(device)
+        dtype = compute_dtype(device)
         with torch.device(device):
             model = _fresh(architecture, like).to(dtype).eval()
         model.requires_grad_(False)
@@ -318,11 +318,6 @@ def _fresh(architecture: ArchitectureConfig, like: OpenVLA | Pi0) -> OpenVLA | P
     if isinstance(like, OpenVLAOFT):
         return OpenVLAOFT(architecture, like.n_bins)
     return OpenVLA(architecture, like.n_bins, like.action_tokens)
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """What a policy runs in on a device unless told otherwise."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def times(builders: Sequence[Callable[[], Contestant]]) -> Any:
@@ -371,7 +366,7 @@ def measure(model: OpenVLA | Pi0, device: torch.device) -> BlockLatencies:
         **shape_of(model),
         expert=blocks.get("expert"),
         device=device_name(device),
-        dtype=str(working_dtype(device)).removeprefix("torch."),
+        dtype=str(compute_dtype(device)).removeprefix("torch."),
         engine=usual_engine(config, device),
         fixed_ms=0.0,
     )

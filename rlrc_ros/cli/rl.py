@@ -17,13 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Train."""
-    return run_stage(arguments, "rl", _stage, _load, together=True)
-
-
-def _load(arguments: argparse.Namespace, _: Any, device: Any) -> Any:
-    from training.bundles import load_trainable
-
-    return load_trainable(arguments.policy, device, pi0=True)
+    return run_stage(arguments, "rl", _stage, together=True)
 
 
 def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[str, Any]:

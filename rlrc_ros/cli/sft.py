@@ -22,13 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train."""
     name = "recovered" if arguments.policy else "original"
-    return run_stage(arguments, name, _stage, _load if arguments.policy else None, together=True)
-
-
-def _load(arguments: argparse.Namespace, _: Any, device: Any) -> Any:
-    from training.bundles import load_trainable
-
-    return load_trainable(arguments.policy, device, pi0=True)
+    return run_stage(arguments, name, _stage, together=True)
 
 
 def _stage(arguments: argparse.Namespace, config: Any, trainable: Any) -> dict[str, Any]:

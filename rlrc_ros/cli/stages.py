@@ -86,7 +86,7 @@ def run_stage(
     if load:
         trainable = load(arguments, config, device)
     elif arguments.policy:
-        trainable = load_trainable(arguments.policy, device)
+        trainable = load_trainable(arguments.policy, device, pi0=True)
     else:
         seed_everything(arguments.seed)
         seen = np.concatenate([read_proprioception(d) for d in arguments.demonstrations])

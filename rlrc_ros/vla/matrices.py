@@ -19,6 +19,8 @@ from rlrc_ros.vla.quantization import Int8Linear, is_quantized, nf4_scales, nf4_
 NF4_BLOCK = 64
 UNPACKED = 1 << 24
 """Weights that are unpacked at a time, for the memory's sake."""
+ROW_MULTIPLE = 64
+"""So many rows, or a multiple, are unpacked at a time: products like it."""
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -50,20 +52,23 @@ class Matrix:
         """Bytes held."""
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def slices(self) -> Iterator[Matrix]:
-        """The matrix in rows that are unpacked at a time; dense, whole. They share its memory."""
+    def slices(self) -> Iterator[tuple[slice, Matrix]]:
+        """Rows that are unpacked at a time, sharing its memory; of a dense one all of them."""
         total, columns = self.shape
-        rows = total if self.scales is None else max(NF4_BLOCK, UNPACKED // columns // 64 * 64)
-        for start in range(0, total, rows):
-            stop = min(start + rows, total)
+        step = total
+        if self.scales is not None:
+            step = max(ROW_MULTIPLE, UNPACKED // columns // ROW_MULTIPLE * ROW_MULTIPLE)
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            rows = slice(start, stop)
             if self.levels is None:
-                scales = None if self.scales is None else self.scales[start:stop]
-                yield Matrix(self.data[start:stop], (stop - start, columns), scales)
+                scales = None if self.scales is None else self.scales[rows]
+                yield rows, Matrix(self.data[rows], (stop - start, columns), scales)
                 continue
             assert self.scales is not None
             data = self.data[start * columns // 2 : stop * columns // 2]
             scales = self.scales[start * columns // NF4_BLOCK : stop * columns // NF4_BLOCK]
-            yield Matrix(data, (stop - start, columns), scales, self.levels)
+            yield rows, Matrix(data, (stop - start, columns), scales, self.levels)
 
 
 def held(linears: list[Any], dtype: torch.dtype) -> Matrix:
@@ -138,21 +143,17 @@ class Linear(nn.Module):
 
 def times(x: Tensor, weight: Matrix, operations: Any, bias: Tensor | None = None) -> Tensor:
     """(T, K) -> (T, N)."""
-    products, row = [], 0
-    for piece in weight.slices():
-        added = None if bias is None else bias[row : row + piece.shape[0]]
-        products.append(F.linear(x, dense(piece, x.dtype, operations), added))
-        row += piece.shape[0]
+    products = [
+        F.linear(x, dense(piece, x.dtype, operations), None if bias is None else bias[rows])
+        for rows, piece in weight.slices()
+    ]
     return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
 def add_product(x: Tensor, y: Tensor, weight: Matrix, operations: Any) -> Tensor:
     """Add y (T, K) times the matrix to x (T, N), in place."""
-    column = 0
-    for piece in weight.slices():
-        part = x[:, column : column + piece.shape[0]]
-        part.addmm_(y, dense(piece, x.dtype, operations).T)
-        column += piece.shape[0]
+    for rows, piece in weight.slices():
+        x[:, rows].addmm_(y, dense(piece, x.dtype, operations).T)
     return x
 
 

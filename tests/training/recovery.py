@@ -1,13 +1,17 @@
-"""A PPO whose rollout is made up, so that its updates can be compared."""
+"""PPO in tests: whole runs, killed ones, and one whose rollout is made up."""
 
+import contextlib
+import csv
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from rlrc_ros.sim.tasks import VOCABULARY
 from rlrc_ros.vla.processor import word_tokenizer
 from tests.training.conftest import batches_of, small_demonstrations, small_trainable
+from training import rl
 from training.actor_critic import TokenActions, TokenPolicy
 from training.config import RlConfig
 from training.envs.tabletop import TEXT_BYTES
@@ -42,6 +46,61 @@ def tabletop_demonstrations():
     images = np.random.default_rng(5).integers(0, 256, (60, 128, 128, 3), dtype=np.uint8)
     texts = ["put the red cube on the blue plate", "stack the red cube on the cyan cube"]
     return dataclasses.replace(small_demonstrations(), images=images, instructions=texts)
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(config, trainable, batches, work, seed=0):
+    """Train on the CPU; the stage's facts, and the rows of its log."""
+    facts = rl.run(config, trainable, batches, seed=seed, device=CPU, work=work, latency=(0.0, 0.0))
+    with (work / "log.csv").open() as file:
+        return facts, list(csv.DictReader(file))
+
+
+def weights(trainable):
+    return {name: value.clone() for name, value in trainable.model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@contextlib.contextmanager
+def killed_before(update, monkeypatch):
+    """What trains in here is killed when it has rolled out for an update; gives the PPO, listed."""
+    train, killed = RecoveryPPO.train, []
+
+    def die(self):
+        if self.update_number == update:
+            killed.append(self)
+            raise Stopped
+        train(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryPPO, "train", die)
+        with pytest.raises(Stopped):
+            yield killed
+
+
+def assert_goes_on_as_if_never_killed(train_in, make, directory, monkeypatch):
+    """Two updates and a kill; then on from there, beginning with other weights.
+
+    train_in(policy, work): gives what `run` gives.
+    """
+    whole = make()
+    _, expected = train_in(whole, directory / "whole")
+    with killed_before(2, monkeypatch):
+        train_in(make(), directory / "broken")
+    resumed = make(seed=5)
+    _, rows = train_in(resumed, directory / "broken")
+    assert same(weights(whole), weights(resumed))
+    timeless = [
+        [{k: v for k, v in row.items() if not k.endswith("_s")} for row in table]
+        for table in (rows, expected)
+    ]
+    assert timeless[0] == timeless[1]
 
 
 def recovery(config, work, ranks=ALONE):

@@ -1,6 +1,5 @@
 """PPO of pi0: the stochastic sampler, its log-probabilities, and what training makes of them."""
 
-import csv
 import dataclasses
 from functools import partial
 
@@ -22,7 +21,8 @@ from rlrc_ros.vla.openvla import Inputs
 from rlrc_ros.vla.pi0 import start_noise
 from rlrc_ros.vla.pi0_engine import Pi0EagerEngine
 from rlrc_ros.vla.processor import Observation, word_tokenizer
-from tests.training.recovery import tabletop_demonstrations
+from tests.training import recovery
+from tests.training.recovery import same, tabletop_demonstrations, weights
 from tests.vla.pi0_policies import pi0_config, random_pi0
 from training import rl
 from training.bundles import Trainable
@@ -78,22 +78,7 @@ def data():
 
 
 def run(config, trainable, data, work, seed=0):
-    batches = batches_of(trainable, data)
-    facts = rl.run(config, trainable, batches, seed=seed, device=CPU, work=work, latency=(0.0, 0.0))
-    with (work / "log.csv").open() as file:
-        return facts, list(csv.DictReader(file))
-
-
-def weights(trainable):
-    return {name: value.clone() for name, value in trainable.model.state_dict().items()}
-
-
-def same(first, second):
-    return all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-class Stopped(Exception):
-    pass
+    return recovery.run(config, trainable, batches_of(trainable, data), work, seed)
 
 
 @pytest.fixture
@@ -101,16 +86,8 @@ def rolled_out(data, monkeypatch):
     """rolled_out(config, work) → the PPO after its first rollout, before it learns from it."""
 
     def make(config, work, seed=0):
-        found = []
-
-        def stop(self):
-            found.append(self)
-            raise Stopped
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RecoveryPPO, "train", stop)
-            with pytest.raises(Stopped):
-                run(config, tabletop_pi0(), data, work, seed)
+        with recovery.killed_before(0, monkeypatch) as found:
+            run(config, tabletop_pi0(), data, work, seed)
         return found[0]
 
     return make
@@ -374,27 +351,9 @@ def test_a_large_bc_coefficient_gives_the_direction_of_sft(rolled_out, tmp_path)
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
-    whole = tabletop_pi0()
-    _, expected = run(CONFIG, whole, data, tmp_path / "whole")
-    train = RecoveryPPO.train
-
-    def die(self):
-        if self.update_number == 2:
-            raise Stopped
-        train(self)
-
-    monkeypatch.setattr(RecoveryPPO, "train", die)
-    with pytest.raises(Stopped):
-        run(CONFIG, tabletop_pi0(), data, tmp_path / "broken")
-    monkeypatch.undo()
-    resumed = tabletop_pi0(seed=5)
-    _, rows = run(CONFIG, resumed, data, tmp_path / "broken")
-    assert same(weights(whole), weights(resumed))
-    timeless = [
-        [{k: v for k, v in row.items() if not k.endswith("_s")} for row in table]
-        for table in (rows, expected)
-    ]
-    assert timeless[0] == timeless[1]
+    recovery.assert_goes_on_as_if_never_killed(
+        lambda made, work: run(CONFIG, made, data, work), tabletop_pi0, tmp_path, monkeypatch
+    )
 
 
 class Sideways(gym.Env):

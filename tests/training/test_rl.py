@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 
 import numpy as np
@@ -10,8 +9,7 @@ from stable_baselines3.common.logger import Logger
 from rlrc_ros.errors import UserError
 from tests.training import recovery
 from tests.training.conftest import batches_of
-from tests.training.recovery import tabletop_demonstrations, tabletop_policy
-from training import rl
+from tests.training.recovery import tabletop_demonstrations, tabletop_policy, weights
 from training.actor_critic import TokenActions, TokenPolicy
 from training.common import MetricsLog
 from training.config import CoolingConfig, LoraConfig, RlConfig
@@ -44,14 +42,7 @@ def data():
 
 
 def run(config, trainable, data, work, seed=0):
-    batches = batches_of(data, trainable)
-    facts = rl.run(config, trainable, batches, seed=seed, device=CPU, work=work, latency=(0.0, 0.0))
-    with (work / "log.csv").open() as file:
-        return facts, list(csv.DictReader(file))
-
-
-def weights(trainable):
-    return {name: value.clone() for name, value in trainable.model.state_dict().items()}
+    return recovery.run(config, trainable, batches_of(data, trainable), work, seed)
 
 
 def test_critic_warm_up_moves_no_weight_of_the_actor(policy, data, tmp_path):
@@ -117,33 +108,10 @@ def test_a_large_bc_coefficient_follows_the_demonstrations(policy, data, tmp_pat
     assert bc_loss(trainable.model, batches.sample(60)).item() < before - 0.2
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_goes_on_as_if_it_had_not_been(policy, data, tmp_path, monkeypatch):
-    whole = policy()
-    _, expected = run(CONFIG, whole, data, tmp_path / "whole")
-
-    train = RecoveryPPO.train
-
-    def die(self):
-        if self.update_number == 2:
-            raise Killed
-        train(self)
-
-    monkeypatch.setattr(RecoveryPPO, "train", die)
-    with pytest.raises(Killed):
-        run(CONFIG, policy(), data, tmp_path / "broken")
-    monkeypatch.undo()
-    resumed = policy(seed=5)
-    _, rows = run(CONFIG, resumed, data, tmp_path / "broken")
-    assert all(torch.equal(v, weights(resumed)[name]) for name, v in weights(whole).items())
-    timeless = [
-        [{k: v for k, v in row.items() if not k.endswith("_s")} for row in table]
-        for table in (rows, expected)
-    ]
-    assert timeless[0] == timeless[1]
+    recovery.assert_goes_on_as_if_never_killed(
+        lambda made, work: run(CONFIG, made, data, work), policy, tmp_path, monkeypatch
+    )
 
 
 def test_another_seed_is_another_run(policy, data, tmp_path):
@@ -274,17 +242,8 @@ def test_adapters_recover_a_policy_and_survive_a_kill(policy, data, tmp_path, mo
     assert abs(float(expected[1]["kl"])) < 1e-6
     moved = {n for n, value in weights(whole).items() if not torch.equal(value, before[n])}
     assert moved and all("language_model.model.layers" in n and "_proj" in n for n in moved)
-    train = RecoveryPPO.train
-
-    def die(self):
-        if self.update_number == 1:
-            raise Killed
-        train(self)
-
-    monkeypatch.setattr(RecoveryPPO, "train", die)
-    with pytest.raises(Killed):
+    with recovery.killed_before(1, monkeypatch):
         run(config, adapted(), data, tmp_path / "broken")
-    monkeypatch.undo()
     resumed = adapted()
     run(config, resumed, data, tmp_path / "broken")
     assert all(torch.equal(v, weights(resumed)[name]) for name, v in weights(whole).items())

@@ -89,7 +89,7 @@ def test_a_matrix_in_pieces_is_the_matrix(hold, monkeypatch):
     matrix = hold([layer], torch.float32)
     whole = x @ matrices.dense(matrix, torch.float32, matrices).T
     monkeypatch.setattr(matrices, "UNPACKED", 128 * 100)
-    rows = [piece.shape[0] for piece in matrix.slices()]
+    rows = [piece.shape[0] for _, piece in matrix.slices()]
     assert rows == ([200] if matrix.scales is None else [64, 64, 64, 8])
     torch.testing.assert_close(matrices.times(x, matrix, matrices), whole)
     torch.testing.assert_close(matrices.times(x, matrix, matrices, bias), whole + bias)

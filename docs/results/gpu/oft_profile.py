@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from tiles import microseconds
 from torch.profiler import ProfilerActivity, profile
 
 from rlrc_ros.cli import bench_shape
@@ -20,25 +21,13 @@ DEVICE = torch.device("cuda", 0)
 
 def graph(function, times=1):
     """µs of one call, several in one graph."""
-    stream = torch.cuda.Stream()
+
+    def work():
+        for _ in range(times):
+            function()
+
     with torch.inference_mode():
-        with torch.cuda.stream(stream):
-            function()
-            function()
-        torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for _ in range(times):
-                function()
-    took = []
-    for _ in range(15):
-        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        captured.replay()
-        end.record()
-        end.synchronize()
-        took.append(start.elapsed_time(end))
-    return sorted(took)[7] / times * 1e3
+        return microseconds(work, times)
 
 
 def kernels(function):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from tiles import microseconds
 
 SHAPES = (
     (522, 3072, 1024, "bias"),
@@ -98,30 +99,7 @@ def reference(x, w, out, kind, bias):
     return F.gelu(y) if kind == "gelu" else y
 
 
-def graph(function, times):
-    """µs of one call."""
-    stream = torch.cuda.Stream()
-    with torch.inference_mode():
-        with torch.cuda.stream(stream):
-            function()
-            function()
-        torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for _ in range(times):
-                function()
-    took = []
-    for _ in range(12):
-        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        captured.replay()
-        end.record()
-        end.synchronize()
-        took.append(start.elapsed_time(end))
-    return sorted(took)[5] / times * 1e3
-
-
-def tiles():
+def candidates():
     for bm, bn, bk, warps, stages in itertools.product(
         (64, 128), (32, 64, 128, 256), (64, 128), (4, 8), (3, 4)
     ):
@@ -137,16 +115,20 @@ def random(*shape):
 def compare(rows, columns, depth, kind):
     x, bias, factor = random(rows, depth), random(columns), random(columns)
     weights = [random(columns * (2 if kind == "gated" else 1), depth) for _ in range(4)]
-    turn, out = itertools.cycle(weights), random(rows, columns)
+    out = random(rows, columns)
 
-    def timed(tile):
-        return graph(lambda: product(x, next(turn), out, kind, bias, factor, tile), 4)
+    def timed(call, *arguments):
+        def work():
+            for w in weights:
+                call(x, w, out, kind, bias, *arguments)
 
-    theirs = graph(lambda: reference(x, next(turn), out, kind, bias), 4)
+        return microseconds(work, len(weights))
+
+    theirs = timed(reference)
     found = []
-    for tile in tiles():
+    for tile in candidates():
         with contextlib.suppress(Exception):  # where it does not fit the GPU
-            found.append((round(timed(tile), 1), tile))
+            found.append((round(timed(product, factor, tile), 1), tile))
     print(f"{rows}x{columns}x{depth} {kind}: cuBLAS {theirs:.1f} us; best", sorted(found)[:3])
 
 
