@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn, VecEnvWrapper
 from torch import Tensor, nn
 
 from rlrc_ros.vla.action_codec import ActionCodec
 from rlrc_ros.vla.openvla import Inputs
 from training.data.batches import DemonstrationBatches
+from training.envs.vector import Environments, InProcess
 from training.rollout import Batcher, Decoder
 from training.sft import bc_loss
 
@@ -32,13 +32,15 @@ class Actions(VecEnvWrapper):
 
     Attributes:
         replan_steps: actions that are executed between two decisions.
-        seconds: that environments have taken so far.
+        halves: environments that step on their own.
+        seconds: that environments have been waited for so far.
     """
 
     replan_steps = 1
 
-    def __init__(self, venv: VecEnv, sampled: gym.spaces.Space) -> None:
+    def __init__(self, venv: Environments | InProcess, sampled: gym.spaces.Space) -> None:
         super().__init__(venv, action_space=sampled)
+        self._stepped, self.halves = venv, venv.halves
         self.seconds = 0.0
 
     @abstractmethod
@@ -58,6 +60,15 @@ class Actions(VecEnvWrapper):
     def step_wait(self) -> Any:
         """What the environments answered."""
         return self._timed(self.venv.step_wait())
+
+    def send(self, half: slice, sampled: NDArray[Any]) -> None:
+        """Decode, and let one of `halves` step."""
+        self._stepped.send(half, self.decode(sampled))
+
+    def receive(self, half: slice) -> VecEnvStepReturn:
+        """What it answered."""
+        self._began = time.perf_counter()
+        return self._timed(self._stepped.receive(half))
 
     def _timed(self, answer: Any) -> Any:
         self.seconds += time.perf_counter() - self._began
@@ -155,7 +166,7 @@ class VlaPolicy(ActorCriticPolicy):
 class TokenActions(Actions):
     """Takes action tokens."""
 
-    def __init__(self, venv: VecEnv, codec: ActionCodec) -> None:
+    def __init__(self, venv: Environments | InProcess, codec: ActionCodec) -> None:
         super().__init__(
             venv, gym.spaces.MultiDiscrete([codec.config.n_bins] * codec.config.dimensions)
         )

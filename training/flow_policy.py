@@ -32,7 +32,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from rlrc_ros.errors import UserError
@@ -44,6 +43,7 @@ from training.actor_critic import Actions, VlaPolicy
 from training.bundles import Trainable
 from training.config import FlowRlConfig, RlConfig
 from training.data.batches import DemonstrationBatches
+from training.envs.vector import Environments, InProcess
 from training.flow import FlowBatch, flow_loss
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +107,11 @@ class ChunkActions(Actions):
     """Takes paths of denoising, of which the first actions at their end are executed."""
 
     def __init__(
-        self, venv: VecEnv, codec: ActionCodec, expert: ExpertConfig, flow: FlowRlConfig
+        self,
+        venv: Environments | InProcess,
+        codec: ActionCodec,
+        expert: ExpertConfig,
+        flow: FlowRlConfig,
     ) -> None:
         most = float(np.finfo(np.float32).max)  # stable-baselines3 wants limits, and clips to them
         shape = (expert.steps + 1, expert.chunk, expert.action_width)

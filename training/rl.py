@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
@@ -93,8 +94,38 @@ class RecoveryPPO(PPO):
         self._learning = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         ranks.reseed()
 
-    def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> bool:
-        """Roll out from fresh scenes, counting episodes and successes."""
+    def collect_rollouts(
+        self, env: Any, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
+    ) -> bool:
+        """Roll out from fresh scenes, counting episodes and successes.
+
+        One half of the environments is simulated while the other half's actions are decided.
+        """
+        self._begin_update(env)
+        policy, simulator = self.policy, self._simulator
+        policy.set_training_mode(False)
+        rollout_buffer.reset()
+        callback.on_rollout_start()
+        going, seen = True, env.reset()
+        for step in range(n_rollout_steps):
+            for half in simulator.halves:
+                if step:
+                    self._observe(env, step - 1, half, seen)
+                self._act(step, half, {name: value[half] for name, value in seen.items()})
+            self.num_timesteps += env.num_envs
+            going &= callback.on_step()
+        for half in simulator.halves:
+            self._observe(env, n_rollout_steps - 1, half, seen)
+        with torch.no_grad():
+            values = policy.predict_values(obs_as_tensor(seen, self.device))
+        rollout_buffer.pos, rollout_buffer.full = n_rollout_steps, True
+        rollout_buffer.compute_returns_and_advantage(values, self._last_episode_starts)
+        callback.on_rollout_end()
+        self._rolled_out = time.perf_counter()
+        return going
+
+    def _begin_update(self, env: VecEnv) -> None:
+        """Give every environment its scenes, the policy its temperature and its weights."""
         self._began, self._simulated = time.perf_counter(), self._simulator.seconds
         self._ended: list[tuple[bool, int]] = []
         self._lengths, self._executed = np.zeros(env.num_envs, int), 0
@@ -108,21 +139,46 @@ class RecoveryPPO(PPO):
         self.policy.temperature, self.policy.optimizer.param_groups[0]["lr"] = sampled
         with self._adapters.folded() if self._adapters else nullcontext():
             self.policy.refresh()
-        self._last_obs = env.reset()  # type: ignore[assignment]
         self._last_episode_starts = np.ones(env.num_envs, bool)
-        going = super().collect_rollouts(env, *args, **kwargs)
-        self._rolled_out = time.perf_counter()
-        return going
 
-    def _update_info_buffer(
-        self, infos: list[dict[str, Any]], dones: NDArray[np.bool_] | None = None
-    ) -> None:
-        counts = np.array([info.get("executed", 1) for info in infos])
-        self._lengths += counts
-        self._executed += int(counts.sum())
-        for i in np.flatnonzero(dones if dones is not None else []):
-            self._ended.append((infos[i]["success"], int(self._lengths[i])))
-            self._lengths[i] = 0
+    @torch.no_grad()
+    def _act(self, step: int, half: slice, seen: dict[str, NDArray[Any]]) -> None:
+        """Decide for one half of the environments, and let them step."""
+        buffer: Any = self.rollout_buffer
+        actions, values, log_probability = self.policy(obs_as_tensor(seen, self.device))
+        for name, value in seen.items():  # while a GPU decides
+            buffer.observations[name][step, half] = value
+        assert self._last_episode_starts is not None
+        buffer.episode_starts[step, half] = self._last_episode_starts[half]
+        chosen = actions.cpu().numpy()
+        self._simulator.send(half, chosen)
+        buffer.actions[step, half] = chosen.reshape(len(chosen), -1)
+        buffer.values[step, half] = values.cpu().numpy()
+        buffer.log_probs[step, half] = log_probability.cpu().numpy()
+
+    def _observe(self, env: Any, step: int, half: slice, seen: dict[str, NDArray[Any]]) -> None:
+        """What a half's step led to; what is seen now goes to `seen`."""
+        following, rewards, dones, infos = self._simulator.receive(half)
+        for name, value in env.transpose_observations(following).items():
+            seen[name][half] = value
+        executed = np.array([info.get("executed", 1) for info in infos])
+        self._lengths[half] += executed
+        self._executed += int(executed.sum())
+        for i in np.flatnonzero(dones):
+            self._ended.append((infos[i]["success"], int(self._lengths[half][i])))
+            self._lengths[half][i] = 0
+        # What a time limit cuts off would have gone on: Pardo et al., arXiv 1712.00378.
+        cut = [i for i in np.flatnonzero(dones) if infos[i].get("TimeLimit.truncated")]
+        if cut:
+            last = [infos[i]["terminal_observation"] for i in cut]
+            stacked = {name: np.stack([each[name] for each in last]) for name in seen}
+            reached = obs_as_tensor(env.transpose_observations(stacked), self.device)
+            with torch.no_grad():
+                values = self.policy.predict_values(reached)
+            rewards[cut] += self.gamma * values.cpu().numpy()
+        self.rollout_buffer.rewards[step, half] = rewards
+        assert self._last_episode_starts is not None
+        self._last_episode_starts[half] = dones
 
     def train(self) -> None:
         """One PPO update."""
@@ -391,7 +447,8 @@ def run(
         if flow is None:
             kind, actions = TokenPolicy, TokenActions(venv, codec)
             with adapters.folded() if adapters else nullcontext():
-                options: dict[str, Any] = {"decoder": Decoder(model, environments)}
+                half = actions.halves[0]
+                options: dict[str, Any] = {"decoder": Decoder(model, half.stop)}
         else:
             kind, actions = FlowPolicy, ChunkActions(venv, codec, model.config.expert, flow)
             options = {"flow": flow, "dimensions": codec.config.dimensions}

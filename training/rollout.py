@@ -65,7 +65,7 @@ class Decoder:
     def __init__(self, model: OpenVLA, batch: int) -> None:
         self._model, self._batch = model, batch
         self._unrolled = Unrolled(model, batch)
-        self._graphs: dict[tuple[int, float], _Graph] = {}
+        self._graphs: dict[tuple[int, bool, float], _Graph] = {}
 
     def refresh(self) -> None:
         """Take over the weights that the model has by now."""
@@ -74,7 +74,7 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, inputs: Inputs, temperature: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Bins (B, action_tokens), log-probabilities (B,), states (B, hidden)."""
-        if inputs.attention_mask is not None:  # prompts of different lengths
+        if inputs.attention_mask is not None and not self._unrolled.takes_masks:
             return self._model.generate(inputs, temperature)
         shape = (self._batch, self._model.action_tokens, self._model.n_bins)
         noise = torch.empty(shape, device=inputs.pixel_values.device)
@@ -84,7 +84,7 @@ class Decoder:
         with torch.compiler.set_stance("force_eager"):
             if inputs.pixel_values.device.type != "cuda":
                 return self._unrolled(inputs, temperature, noise if temperature else None)
-            key = (inputs.input_ids.shape[1], temperature)
+            key = (inputs.input_ids.shape[1], inputs.attention_mask is None, temperature)
             if key not in self._graphs:
                 self._graphs[key] = _Graph(self._unrolled, inputs, temperature, noise)
             return self._graphs[key](inputs, noise)
@@ -96,12 +96,7 @@ class _Graph:
     def __init__(
         self, unrolled: Unrolled, inputs: Inputs, temperature: float, noise: Tensor
     ) -> None:
-        self._inputs = Inputs(
-            inputs.input_ids.clone(),
-            None,
-            inputs.pixel_values.clone(),
-            None if inputs.proprioception is None else inputs.proprioception.clone(),
-        )
+        self._inputs = Inputs(**{name: _cloned(value) for name, value in vars(inputs).items()})
         self._noise = noise.clone() if temperature else None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -115,15 +110,18 @@ class _Graph:
             self._out = unrolled(self._inputs, temperature, self._noise)
 
     def __call__(self, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self._inputs.input_ids.copy_(inputs.input_ids)
-        self._inputs.pixel_values.copy_(inputs.pixel_values)
-        if self._inputs.proprioception is not None and inputs.proprioception is not None:
-            self._inputs.proprioception.copy_(inputs.proprioception)
+        for name, mine in vars(self._inputs).items():
+            if mine is not None:
+                mine.copy_(getattr(inputs, name))
         if self._noise is not None:
             self._noise.copy_(noise)
         self._graph.replay()
         bins, log_probability, states = self._out
         return bins.clone(), log_probability.clone(), states.clone()
+
+
+def _cloned(value: Any) -> Any:
+    return value if value is None else value.clone()
 
 
 class Actor:

@@ -315,7 +315,9 @@ class Trainer:
         self._set_learning_rate(config.learning_rate * schedule(self._step, config))
         # Early on the average follows faster, or it would remember the initial weights.
         self._follow.fill_(1 - min(config.average, (1 + self._step) / (10 + self._step)))
-        if self._captured and self._batches.one_length:
+        # With prompts of several lengths, a step of an OpenVLA-OFT waits for the host.
+        waits = isinstance(self._model, OpenVLAOFT) and not self._batches.one_length
+        if self._captured and not waits:
             return self._captured(key=len(self._batches))
         return self._step_on_batch()
 

@@ -9,13 +9,17 @@ it. For a GPU there is `rlrc_ros.vla.graph_engine`. All give the same tokens in 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrc_ros.errors import UserError
+from rlrc_ros.vla import matrices
+from rlrc_ros.vla.captured import operations_for
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.quantization import (
     Int8Linear,
@@ -133,6 +137,14 @@ class _NF4:
         return F.linear(x, weight)
 
 
+class _Places(NamedTuple):
+    """The rotation of every position, (length, head_dim); where each row's token is, (B,)."""
+
+    cos: Tensor
+    sin: Tensor
+    number: Tensor
+
+
 class _Layer:
     """One decoder layer over (B, tokens, hidden), its projections fused."""
 
@@ -173,9 +185,10 @@ class _Layer:
         """Room for keys and values: (2, batch, kv_heads, length, head_dim)."""
         return self._norm1.new_zeros(2, batch, self._kv_heads, length, self._head)
 
-    def __call__(self, x: Tensor, cache: Tensor, start: int, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, cache: Tensor, start: int, places: _Places) -> Tensor:
         batch, tokens, _ = x.shape
         end = start + tokens
+        cos, sin = places.cos[:, None], places.sin[:, None]
         keys, values = cache
         qkv = self._qkv(F.rms_norm(x, self._hidden, self._norm1, self._eps))
         qkv = qkv.view(batch, tokens, -1, self._head)
@@ -197,20 +210,49 @@ class _Layer:
         return x + self._down(F.silu(gate).mul_(up))
 
 
+class _KernelLayer(_Layer):
+    """With one token a sequence few launches: `operations` are those of the graph engine."""
+
+    def __init__(self, layer: Any, eps: float, operations: ModuleType) -> None:
+        super().__init__(layer, eps)
+        self._ops = operations
+
+    def __call__(self, x: Tensor, cache: Tensor, start: int, places: _Places) -> Tensor:
+        if x.shape[1] > 1:
+            return super().__call__(x, cache, start, places)
+        ops, rows = self._ops, x[:, 0]
+        qkv = self._qkv(ops.norm(rows, self._norm1, self._eps))
+        mixed = ops.decode_attention(qkv, *places[:2], cache, places.number, self._heads)
+        h = ops.norm(rows, self._norm2, self._eps, delta=self._out(mixed))
+        return (rows + self._down(ops.gate(self._gate_up(h))))[:, None]
+
+
 class Unrolled:
     """A decode with everything static: fused projections, preallocated keys and values.
 
     Small and pruned decoders spend most of their time between kernels; here little is left there,
-    and what is left can be captured in a CUDA graph. Prompts of a batch have the same length.
+    and what is left can be captured in a CUDA graph.
 
     Args:
         model: its weights are copied where they are fused, and shared elsewhere.
         batch: observations at a time.
+        operations: where a token's arithmetic is; by default Triton's on a GPU that has it.
+
+    Attributes:
+        takes_masks: whether prompts of a batch may have different lengths.
     """
 
-    def __init__(self, model: OpenVLA, batch: int = 1) -> None:
+    def __init__(
+        self, model: OpenVLA, batch: int = 1, operations: ModuleType | None = None
+    ) -> None:
         self._model, llama, self._batch = model, model.language_model.model, batch
-        self._layers = [_Layer(layer, llama.norm.variance_epsilon) for layer in llama.layers]
+        eps = llama.norm.variance_epsilon
+        found = operations_for(llama.norm.weight.device, model.config.decoder.head_dim)
+        if operations is None and found is not matrices:
+            operations = found
+        self.takes_masks = operations is not None
+        kind = partial(_KernelLayer, operations=operations) if operations else _Layer
+        self._layers = [kind(layer, eps) for layer in llama.layers]
         self._embedding = llama.embed_tokens.weight.detach()
         first = model.first_action_id
         self._action_rows = self._embedding[first : first + model.n_bins]
@@ -226,8 +268,7 @@ class Unrolled:
         self._length = length
         self._caches = [layer.cache(self._batch, length) for layer in self._layers]
         positions = torch.arange(length, device=self._norm.device)[None]
-        cos, sin = self._rotary(self._norm, positions)
-        self._cos, self._sin = cos[0, :, None], sin[0, :, None]
+        self._cos, self._sin = (table[0] for table in self._rotary(self._norm, positions))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -243,6 +284,9 @@ class Unrolled:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `OpenVLA.generate` gives: bins (B, action_tokens), log-probabilities (B,), states.
 
+        A row of a shorter prompt writes its action's tokens where its padding was, which nothing
+        that counts has looked at.
+
         noise: (B, action_tokens, n_bins) from the standard Gumbel distribution; added to the logits
             it makes their largest a sample.
         """
@@ -255,6 +299,11 @@ class Unrolled:
         x = torch.cat([text[:, :1], *context, text[:, 1:]], 1)
         if (needed := x.shape[1] + model.action_tokens) > self._length:
             self._allocate(needed)
+        last = ids.new_full((len(x),), x.shape[1] - 1)  # where each row's last token is
+        if inputs.attention_mask is not None:
+            assert self.takes_masks
+            last += inputs.attention_mask.sum(1) - ids.shape[1]
+        places = _Places(self._cos, self._sin, last)
         position = 0
         states: list[Tensor] = []
         bins: list[Tensor] = []
@@ -262,9 +311,11 @@ class Unrolled:
         for token in range(model.action_tokens):
             tokens = x.shape[1]
             for layer, cache in zip(self._layers, self._caches, strict=True):
-                x = layer(x, cache, position, self._cos, self._sin)
+                x = layer(x, cache, position, places)
+            x = x[:, -1] if token or inputs.attention_mask is None else _rows(x, places.number)
             position += tokens
-            states.append(F.rms_norm(x[:, -1], self._norm.shape, self._norm, self._eps))
+            places = places._replace(number=places.number + 1)
+            states.append(F.rms_norm(x, self._norm.shape, self._norm, self._eps))
             logits = F.linear(states[-1], self._head)
             if noise is None:
                 bins.append(logits.argmax(-1))
@@ -274,6 +325,11 @@ class Unrolled:
                 log_probability += log_p.gather(1, bins[-1][:, None])[:, 0]
             x = self._action_rows[bins[-1]][:, None]
         return torch.stack(bins, 1), log_probability, states[0]
+
+
+def _rows(x: Tensor, number: Tensor) -> Tensor:
+    """(B, tokens, hidden) at the places (B,) -> (B, hidden)."""
+    return x.gather(1, number[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
 
 
 class UnrolledEngine:

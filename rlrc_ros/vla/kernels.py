@@ -13,9 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrc_ros.vla.weight_kernels import early, gemv, unpack
+from rlrc_ros.vla.weight_kernels import early, gemv, int8_product, unpack
 
-__all__ = ["attend", "decode_attention", "gate", "gemv", "norm", "rope", "unpack"]
+__all__ = [
+    "attend",
+    "decode_attention",
+    "gate",
+    "gemv",
+    "int8_product",
+    "norm",
+    "rope",
+    "unpack",
+]
 
 
 @triton.jit
@@ -39,11 +48,16 @@ def _decode_attention_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     head = tl.program_id(0)
+    row = tl.program_id(1)
     group = heads // kv_heads
     kv = head // group
-    position = tl.load(position_ptr).to(tl.int32)
+    position = tl.load(position_ptr + row).to(tl.int32)
     d = tl.arange(0, HALF)
     size = 2 * HALF
+    qkv_ptr += row * (heads + 2 * kv_heads) * size
+    out_ptr += row * heads * size
+    key_ptr += row * kv_heads * capacity * size
+    value_ptr += row * kv_heads * capacity * size
     cos = tl.load(cos_ptr + position * size + d).to(tl.float32)
     sin = tl.load(sin_ptr + position * size + d).to(tl.float32)
 
@@ -94,21 +108,24 @@ def decode_attention(
 ) -> Tensor:
     """Rotate one token's query and key, keep its key and value, attend to all so far.
 
+    Of one sequence, or of B.
+
     Args:
-        qkv: ((heads + 2 kv_heads) · head_dim,).
+        qkv: ((heads + 2 kv_heads) · head_dim,), or (B, that many).
         cos: (capacity, head_dim) float32, as is sin.
         sin: of the rotary embedding (Su et al., arXiv 2104.09864).
-        cache: (2, kv_heads, capacity, head_dim), keys and values.
-        position: the token's, (1,) int64.
+        cache: (2, kv_heads, capacity, head_dim) or (2, B, kv_heads, capacity, head_dim), keys and
+            values.
+        position: the token's in each sequence, (1,) or (B,) int64, one of each.
         heads: how many queries there are.
 
     Returns:
-        (heads · head_dim,).
+        (heads · head_dim,), or (B, that many).
     """
-    _, kv_heads, capacity, size = cache.shape
-    out = torch.empty(heads * size, dtype=qkv.dtype, device=qkv.device)
+    kv_heads, capacity, size = cache.shape[-3:]
+    out = qkv.new_empty(*qkv.shape[:-1], heads * size)
     block, warps = attention_blocks(capacity)
-    _decode_attention_kernel[(heads,)](
+    _decode_attention_kernel[(heads, qkv.numel() // qkv.shape[-1])](
         qkv,
         cos,
         sin,

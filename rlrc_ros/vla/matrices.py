@@ -19,6 +19,8 @@ from rlrc_ros.vla.quantization import Int8Linear, is_quantized, nf4_scales, nf4_
 NF4_BLOCK = 64
 UNPACKED = 1 << 24
 """Weights that are unpacked at a time, for the memory's sake."""
+ROUNDED_FROM = 17
+"""Tokens from which on they too are rounded to int8 where the matrix is."""
 ROW_MULTIPLE = 64
 """So many rows, or a multiple, are unpacked at a time: products like it."""
 NF4_LEVELS = (
@@ -51,6 +53,11 @@ class Matrix:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether it is in int8."""
+        return self.scales is not None and self.levels is None
 
     def slices(self) -> Iterator[tuple[slice, Matrix]]:
         """Rows that are unpacked at a time, sharing its memory; of a dense one all of them."""
@@ -143,6 +150,8 @@ class Linear(nn.Module):
 
 def times(x: Tensor, weight: Matrix, operations: Any, bias: Tensor | None = None) -> Tensor:
     """(T, K) -> (T, N)."""
+    if weight.in_int8 and len(x) >= ROUNDED_FROM:
+        return operations.int8_product(x, weight, bias)
     products = [
         F.linear(x, dense(piece, x.dtype, operations), None if bias is None else bias[rows])
         for rows, piece in weight.slices()
@@ -152,6 +161,8 @@ def times(x: Tensor, weight: Matrix, operations: Any, bias: Tensor | None = None
 
 def add_product(x: Tensor, y: Tensor, weight: Matrix, operations: Any) -> Tensor:
     """Add y (T, K) times the matrix to x (T, N), in place."""
+    if weight.in_int8 and len(x) >= ROUNDED_FROM:
+        return operations.int8_product(y, weight, out=x)
     for rows, piece in weight.slices():
         x[:, rows].addmm_(y, dense(piece, x.dtype, operations).T)
     return x
@@ -171,6 +182,21 @@ def unpack(weight: Matrix, dtype: torch.dtype) -> Tensor:
     data = weight.data.int()
     values = weight.levels[torch.stack([data >> 4, data & 15], 1)].reshape(-1, NF4_BLOCK)
     return (values * weight.scales[:, None]).to(dtype).reshape(weight.shape)
+
+
+def int8_product(
+    x: Tensor, weight: Matrix, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Many rows times an int8 matrix, in int8: see `rlrc_ros.vla.kernels.int8_product`."""
+    assert weight.scales is not None
+    scales = x.abs().amax(1, keepdim=True).float().clamp_min(127e-12) / 127
+    rounded = x.float() / scales
+    rounded = (rounded + rounded.sign() / 2).trunc()
+    # Sums of such products are whole numbers that float32 does not hold.
+    y = (rounded.double() @ weight.data.double().T).float() * scales * weight.scales
+    if bias is not None:
+        y += bias
+    return out.add_(y) if out is not None else y.to(x.dtype)
 
 
 def gemv(
@@ -200,20 +226,21 @@ def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor, heads: int
 ) -> Tensor:
     """Attention of one token to all before it: see `rlrc_ros.vla.kernels.decode_attention`."""
-    _, kv_heads, capacity, size = cache.shape
-    parts = qkv.view(-1, size)
-    both = _turn(parts[: heads + kv_heads], cos[position], sin[position])
-    cache[0].index_copy_(1, position, both[heads:, None])
-    cache[1].index_copy_(1, position, parts[heads + kv_heads :, None])
-    seen = torch.arange(capacity, device=qkv.device)[None, None] <= position
+    kv_heads, capacity, size = cache.shape[-3:]
+    keys, values = cache.view(2, -1, kv_heads, capacity, size)
+    parts, row = qkv.view(len(keys), -1, size), torch.arange(len(keys), device=qkv.device)
+    both = _turn(parts[:, : heads + kv_heads], cos[position, None], sin[position, None])
+    keys[row, :, position] = both[:, heads:]
+    values[row, :, position] = parts[:, heads + kv_heads :]
+    seen = torch.arange(capacity, device=qkv.device) <= position[:, None]
     mixed = F.scaled_dot_product_attention(
-        both[None, :heads, None],
-        cache[:1],
-        cache[1:],
-        attn_mask=seen[None],
+        both[:, :heads, None],
+        keys,
+        values,
+        attn_mask=seen[:, None, None],
         enable_gqa=heads != kv_heads,
     )
-    return mixed.reshape(-1)
+    return mixed.reshape(*qkv.shape[:-1], -1)
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, heads: int) -> Tensor:

@@ -344,26 +344,27 @@ class OpenVLA(nn.Module):
         """
         prefix, mask = self.embed(inputs)
         fed = self.language_model.model.embed_tokens(actions[:, :-1] + self.first_action_id)
-        hidden = self._decode(
-            torch.cat([prefix, fed.to(prefix.dtype)], 1), _extend(mask, fed.shape[1])
-        )
-        state = _last_of_prompt(hidden[:, : prefix.shape[1]], mask)
-        return self.bin_logits(torch.cat([state[:, None], hidden[:, prefix.shape[1] :]], 1)), state
+        embeds, tokens = torch.cat([prefix, fed.to(prefix.dtype)], 1), fed.shape[1]
+        if mask is None:
+            hidden = self._decode(embeds)[:, prefix.shape[1] - 1 :]
+        else:
+            # A row's action follows its own prompt; what pads it comes last, where nothing sees it.
+            last = mask.sum(1, keepdim=True) - 1
+            place = torch.arange(embeds.shape[1], device=embeds.device)
+            moved = torch.where(
+                place > last + tokens, place - tokens, place - last - 1 + prefix.shape[1]
+            )
+            hidden = self._decode(_at(embeds, torch.where(place > last, moved, place)))
+            hidden = _at(hidden, last + place[: tokens + 1])
+        return self.bin_logits(hidden), hidden[:, 0]
 
     def state(self, inputs: Inputs) -> Tensor:
         """The hidden state that the first action token is predicted from, (B, hidden)."""
         prefix, mask = self.embed(inputs)
-        return _last_of_prompt(self._decode(prefix, mask), mask)
+        return _last_of_prompt(self._decode(prefix), mask)
 
-    def _decode(self, embeds: Tensor, mask: Tensor | None) -> Tensor:
+    def _decode(self, embeds: Tensor) -> Tensor:
         model = self.language_model.model
-        if mask is not None:
-            return model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=_positions(mask),
-                use_cache=False,
-            ).last_hidden_state
         # What transformers does then, without its look at the positions, for which the host waits.
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         rotary = model.rotary_emb(embeds, position_ids=positions)
@@ -445,5 +446,9 @@ def _last_of_prompt(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """The state at each row's last token that is no padding: (B, L, hidden) -> (B, hidden)."""
     if mask is None:
         return hidden[:, -1]
-    last = mask.sum(1) - 1
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return _at(hidden, mask.sum(1, keepdim=True) - 1)[:, 0]
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """(B, L, hidden) at the places (B, N) of each row -> (B, N, hidden)."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))

@@ -1,6 +1,7 @@
-"""Triton kernels over weights: one row times a matrix, and matrices unpacked.
+"""Triton kernels over weights: one row or many times a matrix, and matrices unpacked.
 
-Weights are dense, int8 or NF4 (`rlrc_ros.vla.matrices.Matrix`). All sums are in float32.
+Weights are dense, int8 or NF4 (`rlrc_ros.vla.matrices.Matrix`). Sums are in float32, or of products
+of int8 in int32.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -329,3 +330,98 @@ def unpack(weight: Any, dtype: torch.dtype) -> Tensor:
         EXACT=exact, BLOCK_G=64, **early(out),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _round_rows_kernel(
+    x_ptr, out_ptr, scale_ptr, columns, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    k = tl.arange(0, BLOCK)
+    ok = k < columns
+    x = tl.load(x_ptr + row * columns + k, mask=ok, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / 127.0, 1e-12)
+    y = x / scale
+    y = tl.where(y < 0, y - 0.5, y + 0.5)  # the conversion cuts off
+    tl.store(out_ptr + row * columns + k, y.to(tl.int8), mask=ok)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _int8_product_kernel(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, tokens, rows, columns,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, WHOLE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Programs that share rows of weights follow one another: these are read from memory once."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    t_ok, n_ok = t < tokens, n < rows
+    x_place = x_ptr + t[:, None] * columns + k[None, :]
+    w_place = weight_ptr + n[None, :].to(tl.int64) * columns + k[:, None]
+    sums = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for start in range(0, columns, BLOCK_K):
+        if WHOLE:  # BLOCK_K divides the columns
+            x = tl.load(x_place, mask=t_ok[:, None], other=0)
+            w = tl.load(w_place, mask=n_ok[None, :], other=0)
+        else:
+            x = tl.load(x_place, mask=t_ok[:, None] & (k < columns - start)[None, :], other=0)
+            w = tl.load(w_place, mask=n_ok[None, :] & (k < columns - start)[:, None], other=0)
+        sums = tl.dot(x, w, sums)
+        x_place += BLOCK_K
+        w_place += BLOCK_K
+    y = sums.to(tl.float32) * tl.load(x_scale_ptr + t, mask=t_ok, other=0.0)[:, None]
+    y *= tl.load(scale_ptr + n, mask=n_ok, other=0.0)[None, :]
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    place, ok = out_ptr + t[:, None] * rows + n[None, :], t_ok[:, None] & n_ok[None, :]
+    if RESIDUAL:
+        y += tl.load(place, mask=ok, other=0.0).to(tl.float32)
+    tl.store(place, y.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def int8_product(
+    x: Tensor, weight: Any, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """(T, K) times an int8 matrix, (N, K), in int8: rows of x are rounded, each at its own scale.
+
+    What bitsandbytes' int8 does (Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2), without
+    that paper's outliers.
+
+    Args:
+        x: (T, K).
+        weight: a `Matrix` in int8.
+        bias: (N,), added.
+        out: (T, N) that the product is added to, in place; a new one if not given.
+
+    Returns:
+        (T, N).
+    """
+    (rows, columns), tokens = weight.shape, len(x)
+    rounded = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(tokens, device=x.device)
+    _round_rows_kernel[(tokens,)](
+        x, rounded, scales, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8, **early(x)
+    )
+    y = x.new_empty(tokens, rows) if out is None else out
+    block_t, block_n, block_k, warps, stages = int8_blocks(tokens, rows)
+    _int8_product_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(rows, block_n))](
+        rounded, scales, weight.data, weight.scales, x if bias is None else bias, y, tokens, rows,
+        columns, BIAS=bias is not None, RESIDUAL=out is not None, WHOLE=columns % block_k == 0,
+        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        **early(x),
+    )  # fmt: skip
+    return y
+
+
+def int8_blocks(tokens: int, rows: int) -> tuple[int, int, int, int, int]:
+    """Tokens, rows and columns of a tile of `int8_product`, warps and stages."""
+    tiles = triton.cdiv(tokens, 128) * triton.cdiv(rows, 128)
+    return (128, 128, 128, 8, 4) if tiles >= 132 else (64, 64, 128, 4, 4)

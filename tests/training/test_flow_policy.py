@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rlrc_ros.errors import UserError
 from rlrc_ros.sim.tabletop import ACTION_HIGH, ACTION_LOW
@@ -29,6 +28,7 @@ from training.bundles import Trainable
 from training.config import FlowRlConfig, LoraConfig, RlConfig
 from training.envs.macro import MacroSteps
 from training.envs.tabletop import TEXT_BYTES, encode_text
+from training.envs.vector import InProcess
 from training.flow import FlowBatches, flow_loss
 from training.flow_policy import sample_path, step_deviations
 from training.rl import RecoveryPPO
@@ -385,7 +385,7 @@ class Sideways(gym.Env):
 
 def test_it_learns_what_is_rewarded_and_the_ode_follows(data, tmp_path, monkeypatch):
     def make_vector(_, count, environment, wrap, **__):
-        return DummyVecEnv([partial(wrap, Sideways(i)) for i in range(count)])
+        return InProcess([partial(wrap, Sideways(i)) for i in range(count)])
 
     monkeypatch.setattr(rl, "make_vector", make_vector)
     config = dataclasses.replace(

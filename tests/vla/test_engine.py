@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from rlrc_ros.vla import quantization
+from rlrc_ros.vla import matrices, quantization
 from rlrc_ros.vla.engine import EagerEngine, Unrolled, UnrolledEngine
 from rlrc_ros.vla.openvla import Inputs
 from tests.conftest import NF4, bundle_config, random_model
@@ -31,9 +31,10 @@ def test_a_longer_prompt_makes_room_and_changes_nothing_for_shorter_ones():
         assert torch.equal(eager.bins(inputs), unrolled.bins(inputs)), tokens
 
 
-def test_batches_and_samples_agree_with_the_model():
+@pytest.mark.parametrize("operations", [None, matrices])
+def test_batches_and_samples_agree_with_the_model(operations):
     model, inputs = random_model(bundle_config()), batch(5)
-    unrolled = Unrolled(model, 5)
+    unrolled = Unrolled(model, 5, operations)
     with torch.no_grad():
         assert torch.equal(unrolled(inputs)[0], model.generate(inputs)[0])
         noise = -torch.empty(5, 7, 256).exponential_().log()
@@ -42,6 +43,19 @@ def test_batches_and_samples_agree_with_the_model():
     log_p = (logits / 1.5).log_softmax(-1).gather(-1, bins[..., None]).sum((1, 2))
     torch.testing.assert_close(log_p, log_probability, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(forced_state, state, atol=1e-4, rtol=1e-3)
+
+
+def test_prompts_of_different_lengths_agree_with_the_model():
+    model, inputs = random_model(bundle_config()), batch(4)
+    counts = torch.tensor([[9], [6], [9], [3]])
+    inputs.attention_mask = torch.arange(inputs.input_ids.shape[1]) < counts
+    unrolled = Unrolled(model, 4, matrices)
+    assert unrolled.takes_masks and not Unrolled(model, 4).takes_masks
+    with torch.no_grad():
+        bins, _, state = unrolled(inputs)
+        expected, _, forced_state = model.generate(inputs)
+    assert torch.equal(bins, expected)
+    torch.testing.assert_close(state, forced_state, atol=1e-4, rtol=1e-3)
 
 
 def test_samples_follow_the_distribution():

@@ -69,6 +69,27 @@ def test_attention_of_one_token(heads, kv_heads, position):
     close(*caches)
 
 
+def test_attention_of_one_token_of_several_sequences():
+    size, capacity, heads, kv_heads, batch = 32, 100, 4, 2, 3
+    qkv = random(batch, (heads + 2 * kv_heads) * size)
+    cos, sin = (random(capacity, size // 2, seed=s).repeat(1, 2) for s in (1, 2))
+    cache, place = random(2, batch, kv_heads, capacity, size, seed=3), torch.tensor([70, 3, 99])
+    place = place.to(DEVICE)
+    expected, single = [], cache.clone()
+    for row in range(batch):
+        kept = single[:, row].clone()
+        args = (qkv[row], cos, sin, kept, place[row : row + 1], heads)
+        expected.append(matrices.decode_attention(*args))
+        single[:, row] = kept
+    for operations in (kernels, matrices):
+        whole = cache.clone()
+        close(
+            operations.decode_attention(qkv, cos, sin, whole, place, heads),
+            torch.stack(expected),
+        )
+        close(whole, single)
+
+
 @pytest.mark.parametrize("start", [0, 4])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (0, 1)])
 def test_rotation_of_a_prompt(heads, kv_heads, start):
@@ -111,6 +132,26 @@ def test_norms(bias, delta):
     xs = [random(9, 72) for _ in range(2)]
     close(kernels.norm(xs[0], gain, 1e-6, **options), matrices.norm(xs[1], gain, 1e-6, **options))
     close(*xs)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(17, 96, 64), (130, 200, 160)])
+@pytest.mark.parametrize("kind", ["plain", "bias", "residual"])
+def test_products_in_int8(tokens, rows, columns, kind):
+    weight, x = matrices.rounded([linear(rows, columns)], torch.float32), random(tokens, columns)
+    found = []
+    for operations in (kernels, matrices):
+        options = {
+            "plain": {},
+            "bias": {"bias": random(rows, seed=4)},
+            "residual": {"out": random(tokens, rows, seed=5)},
+        }[kind]
+        found.append(operations.int8_product(x, weight, **options))
+        if kind == "residual":
+            assert found[-1] is options["out"]
+    close(*found)
+    if kind == "plain":
+        exact = x @ matrices.unpack(weight, torch.float32).T
+        assert (found[0] - exact).norm() < 0.02 * exact.norm()
 
 
 def test_gates_and_unpacking():

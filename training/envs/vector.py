@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from gymnasium import Env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from training.common import fork_server, leave_ctrl_c_to_parent
 from training.envs.registry import make_environment
@@ -28,6 +31,42 @@ class Environments(SubprocVecEnv):
             process.join()
         self.closed = True
 
+    @property
+    def halves(self) -> tuple[slice, ...]:
+        """What can step on its own: two halves where they are of one size, else all as one."""
+        half = self.num_envs // 2
+        halves = slice(0, half), slice(half, self.num_envs)
+        return halves if 2 * half == self.num_envs else (slice(0, self.num_envs),)
+
+    def send(self, half: slice, actions: NDArray[Any]) -> None:
+        """Let one of `halves` step."""
+        for remote, action in zip(self.remotes[half], actions, strict=True):
+            remote.send(("step", action))
+
+    def receive(self, half: slice) -> VecEnvStepReturn:
+        """What it answered; `reset_infos` stay as they are."""
+        answers = [remote.recv() for remote in self.remotes[half]]
+        seen, rewards, dones, infos, _ = zip(*answers, strict=True)
+        stacked = {name: np.stack([each[name] for each in seen]) for name in seen[0]}
+        return stacked, np.stack(rewards), np.stack(dones), list(infos)
+
+
+class InProcess(DummyVecEnv):
+    """Environments in this process, one after another."""
+
+    @property
+    def halves(self) -> tuple[slice, ...]:
+        """All as one."""
+        return (slice(0, self.num_envs),)
+
+    def send(self, _: slice, actions: NDArray[Any]) -> None:
+        """Keep their actions."""
+        self.step_async(actions)
+
+    def receive(self, _: slice) -> VecEnvStepReturn:
+        """Step."""
+        return self.step_wait()
+
 
 def make_vector(
     seeds: Callable[[int, int], Iterable[int]],
@@ -35,7 +74,7 @@ def make_vector(
     environment: str = "tabletop",
     wrap: Callable[[Env], Env] | None = None,
     **kwargs: Any,
-) -> VecEnv:
+) -> Environments | InProcess:
     """Environments side by side; a single one runs in this process.
 
     Args:
@@ -50,7 +89,7 @@ def make_vector(
         for i in range(environments)
     ]
     if environments == 1:
-        return DummyVecEnv(makers)  # type: ignore[arg-type]
+        return InProcess(makers)  # type: ignore[arg-type]
     fork_server()
     return Environments([partial(_in_worker, make) for make in makers], start_method="forkserver")
 
