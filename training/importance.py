@@ -110,9 +110,21 @@ class SeenTokens:
     def __init__(self, model: OpenVLA) -> None:
         self._mask: Tensor | None = None
         decoder = model.language_model.model
-        self._handle = decoder.register_forward_pre_hook(self._note, with_kwargs=True)
+        self._handles = [
+            model.register_forward_pre_hook(self._note_inputs),
+            decoder.register_forward_pre_hook(self._note_mask, with_kwargs=True),
+        ]
 
-    def _note(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
+    def _note_inputs(self, model: Any, given: tuple[Any, ...]) -> None:
+        """An OpenVLA runs its decoder's layers without a mask: what is padding comes last."""
+        mask = given[0].attention_mask
+        if mask is not None:
+            more = model.config.context + model.action_tokens - 1
+            places = torch.arange(mask.shape[1] + more, device=mask.device)
+            mask = places < mask.sum(1, keepdim=True) + more
+        self._mask = mask
+
+    def _note_mask(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
         self._mask = given["attention_mask"]
 
     @property
@@ -125,7 +137,8 @@ class SeenTokens:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def rows(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -374,7 +374,7 @@ def _int8_product_kernel(
         else:
             x = tl.load(x_place, mask=t_ok[:, None] & (k < columns - start)[None, :], other=0)
             w = tl.load(w_place, mask=n_ok[None, :] & (k < columns - start)[:, None], other=0)
-        sums = tl.dot(x, w, sums)
+        sums = tl.dot(x, w, sums, out_dtype=tl.int32)
         x_place += BLOCK_K
         w_place += BLOCK_K
     y = sums.to(tl.float32) * tl.load(x_scale_ptr + t, mask=t_ok, other=0.0)[:, None]

@@ -5,7 +5,8 @@
 The same policy, environments (each in a process), steps, minibatches and epochs. Stock is
 `stable_baselines3.PPO` as it is over the policy's plain modules: actions by `OpenVLA.generate`,
 float32, its own losses. Ours is `training.rl`, critic warm-up ended, without BC regularization,
-which stock does not have, and with it. Several updates each; the first ones are left out.
+which stock does not have, and with it; and with learning in bfloat16, which the configuration calls
+`bfloat16`. Several updates each; the first ones are left out.
 """
 
 import argparse
@@ -130,14 +131,17 @@ def main():
         bc_batch=total // 8,
     )
     rows = {}
-    for name in ("stock", "ours", "ours with BC"):
+    changes = {
+        "ours": {"bc_coefficient": 0.0},
+        "ours with BC": {},
+        "ours in bfloat16": {"bc_coefficient": 0.0, "bfloat16": True},
+    }
+    for name in ("stock", *changes):
         policy, batches = made_up(shape, device)
         if name == "stock":
             times = stock(config, policy, device)
         else:
-            coefficient = config.bc_coefficient if name == "ours with BC" else 0.0
-            changed = dataclasses.replace(config, bc_coefficient=coefficient)
-            times = ours(changed, policy, batches, device)
+            times = ours(dataclasses.replace(config, **changes[name]), policy, batches, device)
         rollout, learning = np.median(np.array(times)[2:], axis=0)
         rows[name] = {
             "environment_steps_per_s": total / float(rollout + learning),
