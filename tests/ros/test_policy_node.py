@@ -302,8 +302,12 @@ def test_without_autostart_it_waits_to_be_told(own_robot, bundles, tmp_path):
     shutil.copy(bundles["original"].path / "config.json", bundle)
     said.clear()
     assert robot.change(Transition.TRANSITION_CONFIGURE) and robot.state() == "inactive"
-    steps = [status.message for _, message in said for status in message.status]
-    assert steps[:2] == ["loading original, 1 of 1", f"warming up {bundle}"]
+
+    def steps():  # they may come later than the answer
+        return [status.message for _, message in said for status in message.status][:2]
+
+    assert robot.ros.until(lambda: len(steps()) == 2)
+    assert steps() == ["loading original, 1 of 1", f"warming up {bundle}"]
     assert not robot.send()[1].accepted
     assert robot.change(Transition.TRANSITION_ACTIVATE)
     episode_id, handle = robot.send(label="original")

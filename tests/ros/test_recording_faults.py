@@ -126,10 +126,12 @@ def test_an_episode_ends_when_its_recorder_freezes_and_its_bag_is_closed_when_it
         assert stack.stopped()
     finally:
         stack.send("recorder_node", signal.SIGCONT)
-    assert stack.result(result).termination_reason == "recording_lost"
+    reason = stack.result(result).termination_reason
+    # Frozen while it holds its port's lock, it holds up whoever sends it observations.
+    assert reason in ("recording_lost", "observation_lost")
     assert stack.ros.until((stack.bags / "frozen").is_dir)
     report = verify(stack.bags / "frozen")
-    assert report.ok and report.episode.termination_reason == "recording_lost"
+    assert report.ok and report.episode.termination_reason == reason
 
 
 def test_an_arm_that_freezes_ends_the_episode_and_nothing_recorded_is_lost(stack):
