@@ -37,7 +37,7 @@ from rlrc_ros.vla.config import (
     TowerConfig,
 )
 from rlrc_ros.vla.engine import ChunkEngine, EagerEngine
-from rlrc_ros.vla.graph_engine import GraphEngine
+from rlrc_ros.vla.graph_engine import GraphEngine, Hold
 from rlrc_ros.vla.oft_checkpoint import LIBERO_CHUNK, MORE_CAMERAS, unscaled
 from rlrc_ros.vla.openvla import Inputs, OpenVLA
 from rlrc_ros.vla.openvla_checkpoint import CAMERA, CONTROL_RATE, PROMPT_SUFFIX, TEMPLATE
@@ -99,15 +99,19 @@ SHAPES: dict[str, Callable[[], BundleConfig]] = {
     "openvla-7b": openvla_7b,
     "openvla-7b-oft": openvla_7b_oft,
 }
-HOLD = {"nf4": matrices.packed, "int8": matrices.rounded}
+HOLD: dict[str, tuple[Hold, Hold]] = {
+    "": (matrices.held, matrices.held),
+    "nf4": (matrices.packed, matrices.packed),
+    "int8": (matrices.rounded, matrices.rounded),
+    "llm-int8": (matrices.rounded, matrices.held),
+}
+"""How the decoder's layers are held, and the others."""
 VARIANTS = tuple(
-    kind + suffix
-    for kind in ("full", "pruned", "planned")
-    for suffix in ("", *(f"-{name}" for name in HOLD))
+    f"{kind}-{name}".rstrip("-") for kind in ("full", "pruned", "planned") for name in HOLD
 )
 """`pruned`: 90% of each layer but the first and the last; `planned`: no more bytes than that in as
 few layers as they fill; `-nf4` and `-int8`: every linear layer of towers, projector and decoder in
-4 or 8 bits."""
+4 or 8 bits; `-llm-int8`: the decoder's."""
 DEFAULT = "full,pruned,pruned-nf4,planned,planned-nf4"
 
 
@@ -317,11 +321,9 @@ def _build(
         engine = EagerChunkEngine(model) if isinstance(model, OpenVLAOFT) else Generate(model)
         facts["bytes"] = EagerEngine(model).weight_bytes()
     else:
-        hold = HOLD.get(name.partition("-")[2], matrices.held)
-        if isinstance(model, OpenVLAOFT):
-            engine = GraphChunkEngine(model, hold=hold)
-        else:
-            engine = GraphEngine(model, hold=hold)
+        hold, hold_rest = HOLD[name.partition("-")[2]]
+        kind = GraphChunkEngine if isinstance(model, OpenVLAOFT) else GraphEngine
+        engine = kind(model, hold=hold, hold_rest=hold_rest)
         del model
         facts["bytes"] = engine.weight_bytes()
     facts["bytes"]["total"] = sum(facts["bytes"].values())

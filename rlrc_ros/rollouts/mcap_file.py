@@ -216,8 +216,13 @@ class McapWriter:
         self._reset_chunk()
 
     def sync(self) -> None:
-        """Have what was written reach the disk."""
+        """Have what was written reach the disk, and then leave the system's memory.
+
+        It will not be read soon, and a bag of minutes would push out what other processes need.
+        """
+        end = self._end
         os.fsync(self._file)
+        os.posix_fadvise(self._file.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
 
     def close(self, metadata: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Write the index after the last whole record, whatever failed before, and close.

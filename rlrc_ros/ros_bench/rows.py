@@ -6,6 +6,7 @@ The bars are those of this project's issue on the ROS 2 runtime; an idle machine
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,14 +98,21 @@ def latency_row(
 def images_row(
     sent: Mapping[int, Sequence[int]], got: Mapping[int, Sequence[int]], seconds: float
 ) -> dict[str, Any]:
-    """Images by their stamps, by camera: what the cameras sent, what the policy node was given."""
-    lost = {camera: len(set(stamps) - set(got.get(camera, ()))) for camera, stamps in sent.items()}
+    """Images by their stamps, by camera: what the cameras sent, what the policy node was given.
+
+    Those that were lost are counted by the second since the first one was sent, too.
+    """
+    missing = {camera: set(stamps) - set(got.get(camera, ())) for camera, stamps in sent.items()}
+    lost = {camera: len(stamps) for camera, stamps in missing.items()}
     total = sum(map(len, sent.values()))
+    start = min((stamp for stamps in sent.values() for stamp in stamps), default=0)
+    at = Counter(int((stamp - start) * 1e-9) for stamps in missing.values() for stamp in stamps)
     return {
         "seconds": seconds,
         "sent": total,
         "lost": sum(lost.values()),
         "lost_by_camera": [lost[camera] for camera in sorted(lost)],
+        "lost_by_second": dict(sorted(at.items())),
         "bar": {"lost": 0},
         "met": total > 0 and not sum(lost.values()),
     }
@@ -178,9 +186,16 @@ def swap_row(calls: Sequence[float], inside: Sequence[float]) -> dict[str, Any]:
 
 
 def recorder_row(
-    sent: Mapping[str, int], recorded: Mapping[str, int], cpu: float, seconds: float
+    sent: Mapping[str, int],
+    recorded: Mapping[str, int],
+    dropped: Mapping[str, int],
+    cpu: float,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Messages by topic, s of CPU time of the recorder's process over so many s."""
+    """Messages by topic, s of CPU time of the recorder's process over so many s.
+
+    Those dropped are the lost ones that had reached the recorder, and its disk was too slow for.
+    """
     lost = {topic: count - recorded.get(topic, 0) for topic, count in sent.items()}
     share = cpu / seconds if seconds else 0.0
     return {
@@ -188,6 +203,7 @@ def recorder_row(
         "sent": sum(sent.values()),
         "lost": sum(lost.values()),
         "lost_by_topic": lost,
+        "dropped": sum(dropped.values()),
         "share_of_one_core": share,
         "bar": {"lost": 0, "share_of_one_core": CPU_BAR},
         "met": bool(sent) and not any(lost.values()) and share <= CPU_BAR,

@@ -230,6 +230,7 @@ class _Bench:
         usages: dict[str, list[Usage]] = {name: [] for name in WATCHED}
         sent: Counter[str] = Counter()
         recorded: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
         cpu = recorded_seconds = 0.0
         left, number, start = plan.soak, 0, 0
         while left > 0:
@@ -250,7 +251,9 @@ class _Bench:
             recorded_seconds += time.monotonic() - began
             listener.until(result.done, "the end of the episode")
             listener.stop_recording()
-            recorded.update(read_episode(bag).message_counts)
+            episode = read_episode(bag)
+            recorded.update(episode.message_counts)
+            dropped.update(episode.dropped_messages)
             shutil.rmtree(bag)
             if number == 1 and left > 0:  # what the first of several takes is a start
                 start = len(usages["recorder"])
@@ -259,7 +262,7 @@ class _Bench:
             read_stamps(sources_notes), read_stamps(policy_notes), recorded_seconds
         )
         found["images"] = images
-        found["recorder"] = rows.recorder_row(sent, recorded, cpu, recorded_seconds)
+        found["recorder"] = rows.recorder_row(sent, recorded, dropped, cpu, recorded_seconds)
         found["soak"] = rows.soak_row({name: list(u[start:]) for name, u in usages.items()})
         raw["usages"] = {name: [asdict(u) for u in samples] for name, samples in usages.items()}
 

@@ -54,12 +54,14 @@ class Slots:
         words: the prompt, embedded and padded, (tokens, hidden).
         count: how many tokens of the prompt are no padding, (1,) int64.
         state: proprioception, (1, P), if the policy takes some.
+        prompt: the tokens that are in `words`, on the host; None where none are yet.
     """
 
     images: Tensor
     words: Tensor
     count: Tensor
     state: Tensor | None
+    prompt: Tensor | None = None
 
     @property
     def _tensors(self) -> list[Tensor]:
@@ -200,9 +202,11 @@ class CapturedEngine(ABC):
     def _fill(self, slots: Slots, inputs: Inputs) -> None:
         ids = inputs.input_ids[0]
         slots.images.copy_(inputs.pixel_values.reshape(slots.images.shape))
-        padded = F.pad(ids, (0, len(slots.words) - len(ids)), value=self._padding_id)
-        torch.index_select(self._embedding, 0, padded, out=slots.words)
-        slots.count.fill_(len(ids))
+        if slots.prompt is None or not torch.equal(ids, slots.prompt):  # it rarely changes
+            padded = F.pad(ids, (0, len(slots.words) - len(ids)), value=self._padding_id)
+            torch.index_select(self._embedding, 0, padded, out=slots.words)
+            slots.count.fill_(len(ids))
+            slots.prompt = ids.clone()
         if slots.state is not None and inputs.proprioception is not None:
             slots.state[:, : inputs.proprioception.shape[1]] = inputs.proprioception
 

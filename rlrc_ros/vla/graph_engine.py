@@ -25,6 +25,8 @@ from rlrc_ros.vla.matrices import Linear, Matrix
 from rlrc_ros.vla.openvla import Inputs, OpenVLA, VisionTower
 from rlrc_ros.vla.quantization import weight_bytes
 
+Hold = Callable[[list[Any], torch.dtype], Matrix]
+
 PROMPT_LENGTHS = (16, 24, 32, 48)
 """Tokens of a prompt, BOS included, that graphs are captured for."""
 
@@ -160,6 +162,7 @@ class OpenVLAEngine(CapturedEngine):
         model: is taken apart; its weights live on in fused form.
         lengths: of prompts that graphs are captured for; none on a CPU.
         hold: how linear layers with the same input become one `Matrix`.
+        hold_rest: the same for what is not the decoder's; like `hold` if not given.
         operations: where the arithmetic is; by default Triton's on a GPU that has it.
     """
 
@@ -167,7 +170,8 @@ class OpenVLAEngine(CapturedEngine):
         self,
         model: OpenVLA,
         lengths: Sequence[int] = PROMPT_LENGTHS,
-        hold: Callable[[list[Any], torch.dtype], Matrix] = matrices.held,
+        hold: Hold = matrices.held,
+        hold_rest: Hold | None = None,
         operations: ModuleType | None = None,
     ) -> None:
         llama, config = model.language_model.model, model.config
@@ -194,7 +198,7 @@ class OpenVLAEngine(CapturedEngine):
             llama.layers[i] = nn.Identity()
 
         def swap(module: nn.Module) -> None:
-            self._swap(module, matrix)
+            self._swap(module, hold_rest or hold)
 
         backbone = model.vision_backbone
         towers = [t for t in (backbone.featurizer, backbone.fused_featurizer) if t is not None]
@@ -211,12 +215,12 @@ class OpenVLAEngine(CapturedEngine):
         self._streams = [side_stream(self._device, number) for number in beside]
         self._room = self._make_room(max(self._lengths, default=32))
 
-    def _swap(self, root: nn.Module, matrix: Callable[[list[Any]], Matrix]) -> None:
-        """Linear layers below `root` that are to be NF4 become so."""
+    def _swap(self, root: nn.Module, hold: Hold) -> None:
+        """Linear layers below `root` that are not to be dense become so."""
         for path, module in list(root.named_modules()):
             if isinstance(module, nn.Linear):
                 parent, _, attribute = path.rpartition(".")
-                weight = matrix([module])
+                weight = hold([module], self._norm.dtype)
                 if weight.scales is not None:
                     layer = Linear(weight, module.bias, self._ops)
                     setattr(root.get_submodule(parent), attribute, layer)

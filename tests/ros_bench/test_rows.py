@@ -44,6 +44,7 @@ def test_images_are_matched_by_their_stamps():
     sent = {0: [1, 2, 3, 4], 1: [5, 6, 7]}
     row = rows.images_row(sent, {0: [4, 2, 1], 1: [5, 6, 7], 10: [9]}, 1.0)
     assert (row["sent"], row["lost"], row["lost_by_camera"]) == (7, 1, [1, 0])
+    assert row["lost_by_second"] == {0: 1}
     assert not row["met"] and rows.images_row(sent, sent, 1.0)["met"]
     assert not rows.images_row({}, {}, 1.0)["met"], "nothing sent proves nothing"
 
@@ -80,10 +81,11 @@ def test_the_worst_of_all_kills_counts():
 
 def test_the_recorder_may_lose_nothing_and_take_a_quarter_of_a_core():
     sent = {"/a": 10, "/b": 5}
-    assert rows.recorder_row(sent, {"/a": 10, "/b": 5, "/c": 1}, 2.4, 10.0)["met"]
-    lost = rows.recorder_row(sent, {"/a": 9}, 2.4, 10.0)
-    assert lost["lost_by_topic"] == {"/a": 1, "/b": 5} and not lost["met"]
-    assert not rows.recorder_row(sent, sent, 2.6, 10.0)["met"]
+    assert rows.recorder_row(sent, {"/a": 10, "/b": 5, "/c": 1}, {}, 2.4, 10.0)["met"]
+    lost = rows.recorder_row(sent, {"/a": 9}, {"/b": 4}, 2.4, 10.0)
+    assert lost["lost_by_topic"] == {"/a": 1, "/b": 5} and lost["dropped"] == 4
+    assert not lost["met"]
+    assert not rows.recorder_row(sent, sent, {}, 2.6, 10.0)["met"]
 
 
 def test_growth_is_from_the_second_tenth_to_the_last():
