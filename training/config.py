@@ -15,9 +15,21 @@ PRUNE_TARGETS = ("remove", "remove_of_llm", "max_bytes", "max_latency_ms")
 
 BENCHMARK_SCENES = 500
 """Of a LIBERO suite: 10 tasks in 50 initial states."""
+TOGETHER = "libero_object+libero_spatial"
+"""The suites that there is a scripted expert for, as one environment."""
 
 LAST_SEED = 2**32 - 1
 """The largest seed that NumPy's global generator takes."""
+
+
+def suites_of(environment: str) -> tuple[str, ...]:
+    """The LIBERO suites that an environment's name stands for."""
+    return tuple(environment.split("+"))
+
+
+def benchmark_scenes(environment: str) -> int:
+    """How many scenes of a LIBERO environment are the benchmark's own: the first ones."""
+    return BENCHMARK_SCENES * len(suites_of(environment))
 
 
 def _check(where: str, config: Any, *, positive: str = "", natural: str = "") -> None:
@@ -444,7 +456,9 @@ class EvaluateConfig:
 class CompressConfig:
     """Everything from demonstrations to the quantized policy."""
 
-    environment: Literal["tabletop", "libero_object", "libero_spatial"]
+    environment: Literal[
+        "tabletop", "libero_object", "libero_spatial", "libero_object+libero_spatial"
+    ]
     """Where demonstrations are recorded and policies tried: where there is a scripted expert."""
     seed: int
     model: ModelConfig
@@ -470,6 +484,7 @@ class CompressConfig:
     def _check_libero(self) -> None:
         """Keep to the published protocol, and its initial states to the evaluation."""
         demonstrations, judged = self.demonstrations, self.evaluate
+        scenes = benchmark_scenes(self.environment)
         if any(demonstrations.latency) or demonstrations.vary_view:
             raise UserError(
                 f"demonstrations: {self.environment} is simulated as published; set 'latency' to "
@@ -478,14 +493,14 @@ class CompressConfig:
         corrections = (*self.sft.corrections, *self.recovery.corrections)
         seeds = [demonstrations.first_seed, self.rl.first_seed]
         for first in (*seeds, *(each.first_seed for each in corrections)):
-            if first < BENCHMARK_SCENES:
+            if first < scenes:
                 raise UserError(
-                    f"'first_seed' is {first}: {self.environment}'s scenes below "
-                    f"{BENCHMARK_SCENES} are the benchmark's own, and only for 'evaluate'"
+                    f"'first_seed' is {first}: {self.environment}'s scenes below {scenes} are the "
+                    "benchmark's own, and only for 'evaluate'"
                 )
-        if judged.first_seed + judged.episodes > BENCHMARK_SCENES:
+        if judged.first_seed + judged.episodes > scenes:
             raise UserError(
-                f"evaluate: {self.environment} has {BENCHMARK_SCENES} scenes; 'first_seed' and "
+                f"evaluate: {self.environment} has {scenes} scenes; 'first_seed' and "
                 "'episodes' go beyond them"
             )
 

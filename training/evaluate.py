@@ -29,7 +29,7 @@ from rlrc_ros.video import write_webm
 from rlrc_ros.vla.bundle import Bundle, open_bundle
 from rlrc_ros.vla.policy import empty_model
 from training.common import cpu_count, parallel_map, pick_device
-from training.config import BENCHMARK_SCENES
+from training.config import benchmark_scenes
 from training.envs import libero
 from training.envs.registry import at_once, contract, make_environment
 from training.envs.vector import make_vector, share
@@ -107,10 +107,11 @@ def evaluate(
             belongs to another evaluation or has a scene that should be filmed, the device cannot be
             used or not with this engine or dtype, or a worker process died.
     """
-    on_libero = task.environment in libero.SUITES
-    if on_libero and task.seed + task.episodes > BENCHMARK_SCENES:
+    on_libero = task.environment != "tabletop"
+    scenes = benchmark_scenes(task.environment)
+    if on_libero and task.seed + task.episodes > scenes:
         raise UserError(
-            f"{task.environment} has the scenes 0 to {BENCHMARK_SCENES - 1}, and the evaluation "
+            f"{task.environment} has the scenes 0 to {scenes - 1}, and the evaluation "
             f"asks for {task.seed} to {task.seed + task.episodes - 1}"
         )
     contract(task.environment)  # imports what it takes, here rather than in a worker
@@ -135,7 +136,7 @@ def evaluate(
         reason = "in the log already; name another" if unfilmed[0] in seeds else "not evaluated"
         raise UserError(f"scene {unfilmed[0]} cannot be filmed: it is {reason}")
     if on_libero:  # the scenes of a task one after another
-        missing.sort(key=libero.scene_of)
+        missing.sort(key=partial(libero.scene_of, task.environment))
     file = log.open("a") if log else None
     with tqdm(
         total=len(seeds), initial=len(results), desc=f"eval {task.policy.name}", unit="episode"
@@ -184,7 +185,7 @@ def _units(bundle: Bundle, environment: str) -> NDArray[np.float64]:
     """
     keys = [stage.get("unnorm_key") or "" for stage in bundle.provenance.get("stages", [])]
     units = np.ones(bundle.config.action_codec.dimensions)
-    if environment in libero.SUITES and any("libero" in key for key in keys):
+    if environment != "tabletop" and any("libero" in key for key in keys):
         units[:6] = libero.ACTION_HIGH[:6]
     return units
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         help="the run's YAML: a file, or the name of one of the package's own (tabletop, tiny, "
-        "pi0_tabletop, libero_object, libero_spatial)",
+        "pi0_tabletop, libero)",
     )
     parser.add_argument(
         "--out",

@@ -19,7 +19,10 @@ HELP = "evaluate a policy over many simulated scenes"
 
 LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 PERTURBED = ("lan", "object", "swap", "task")
-ENVIRONMENTS = ("tabletop", *LIBERO, *(f"{suite}_{kind}" for suite in LIBERO for kind in PERTURBED))
+ENVIRONMENTS = (
+    *("tabletop", *LIBERO, *(f"{suite}_{kind}" for suite in LIBERO for kind in PERTURBED)),
+    "libero_object+libero_spatial",
+)
 """As `training.envs.registry` has them, which is slow to import."""
 
 LATENCY_SAMPLES = 200

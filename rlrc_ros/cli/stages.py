@@ -29,8 +29,7 @@ def add_stage_arguments(
     parser.add_argument(
         "config",
         help="the pipeline's YAML, of which the stage's section is used: a file, or the "
-        "name of one of the package's own (tabletop, tiny, pi0_tabletop, libero_object, "
-        "libero_spatial)",
+        "name of one of the package's own (tabletop, tiny, pi0_tabletop, libero)",
     )
     parser.add_argument(
         "--policy",

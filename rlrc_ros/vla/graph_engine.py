@@ -71,7 +71,7 @@ class _Tower:
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
             delta, factor = attention.proj(mixed), getattr(block.ls1, "scale_factor", None)
             h = self._norm(x, block.norm2, delta, factor)
-            delta, factor = mlp.fc2(F.gelu(mlp.fc1(h))), getattr(block.ls2, "scale_factor", None)
+            delta, factor = mlp.fc2(_gelu(mlp.fc1, h)), getattr(block.ls2, "scale_factor", None)
         if self._final is not None:
             return self._norm(x, self._final, delta, factor)
         if delta is not None:
@@ -83,6 +83,16 @@ class _Tower:
     ) -> Tensor:
         """Add to x in place, then normalise."""
         return self._ops.norm(x, norm.weight, norm.eps, norm.bias, delta, factor)
+
+
+def _gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU of a linear layer; of halves on a GPU in the product's own kernel, in its tanh form.
+
+    That form is off by 5e-4 at most, less than a half's rounding of what is above 0.1.
+    """
+    if x.is_cuda and x.dtype != torch.float32 and isinstance(layer, nn.Linear):
+        return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
+    return F.gelu(layer(x))
 
 
 class _Layer:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 
 from rlrc_ros.cli import eval as cli_eval
 from rlrc_ros.errors import UserError
-from training.config import load_config
+from training.config import TOGETHER, load_config
 from training.envs import libero, registry
 from training.evaluate import _units
 
@@ -24,37 +25,48 @@ def test_the_command_line_knows_the_environments():
 
 
 def test_the_benchmarks_scenes_have_numbers_and_the_sampled_ones_come_after_them():
-    scenes = [libero.scene_of(seed) for seed in range(500)]
+    scenes = [libero.scene_of("libero_goal", seed) for seed in range(500)]
     assert len(set(scenes)) == 500
     assert {scene.task for scene in scenes[:10]} == set(range(10))
     assert max(scene.state for scene in scenes) == 49
-    sampled = [libero.scene_of(seed) for seed in range(500, 3000)]
+    sampled = [libero.scene_of("libero_goal", seed) for seed in range(500, 3000)]
     assert all(scene.state is None for scene in sampled)
     # What one environment of a rollout goes through is of one task.
-    assert len({libero.scene_of(seed).task for seed in range(5_000_300, 5_000_400)}) == 1
+    row = {libero.scene_of("libero_goal", seed).task for seed in range(5_000_300, 5_000_400)}
+    assert len(row) == 1
     assert {scene.task for scene in sampled} == set(range(10))
 
 
-@pytest.mark.parametrize("name", ["libero_object", "libero_spatial"])
-def test_the_shipped_configurations_keep_the_benchmarks_scenes_for_evaluation(name):
-    config = load_config(CONFIGS / f"{name}.yaml")
-    assert config.environment == name
-    assert (config.evaluate.first_seed, config.evaluate.episodes) == (0, 500)
-    assert config.demonstrations.first_seed >= 500
+def test_two_suites_as_one_environment_have_the_scenes_of_both():
+    scenes = [libero.scene_of(TOGETHER, seed) for seed in range(1000)]
+    first = [libero.scene_of("libero_object", seed) for seed in range(500)]
+    second = [libero.scene_of("libero_spatial", seed) for seed in range(500)]
+    assert scenes == first + second
+    sampled = [libero.scene_of(TOGETHER, seed) for seed in range(1_000_000, 1_002_000)]
+    assert {scene.state for scene in sampled} == {None}
+    pairs = Counter((scene.suite, scene.task) for scene in sampled)
+    assert len(pairs) == 20 and set(pairs.values()) == {100}
+
+
+def test_the_shipped_configuration_keeps_the_benchmarks_scenes_for_evaluation():
+    config = load_config(CONFIGS / "libero.yaml")
+    assert config.environment == TOGETHER
+    assert (config.evaluate.first_seed, config.evaluate.episodes) == (0, 1000)
+    assert config.demonstrations.first_seed >= 1000
 
 
 @pytest.mark.parametrize(
     "section, change, told",
     [
-        ("demonstrations", {"first_seed": 499}, "'first_seed' is 499"),
+        ("demonstrations", {"first_seed": 999}, "'first_seed' is 999"),
         ("rl", {"first_seed": 0}, "'first_seed' is 0"),
         ("demonstrations", {"latency": [0.0, 0.08]}, "set 'latency' to [0, 0]"),
         ("demonstrations", {"vary_view": True}, "'vary_view' to false"),
-        ("evaluate", {"first_seed": 1}, "has 500 scenes"),
+        ("evaluate", {"first_seed": 1}, "has 1000 scenes"),
     ],
 )
 def test_a_configuration_that_strays_from_the_protocol_is_refused(tmp_path, section, change, told):
-    config = yaml.safe_load((CONFIGS / "libero_object.yaml").read_text())
+    config = yaml.safe_load((CONFIGS / "libero.yaml").read_text())
     config[section] |= change
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=re.escape(told)):

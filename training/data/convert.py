@@ -1,6 +1,6 @@
 """Demonstrations of others as shards: LIBERO's own HDF5 files, and LeRobotDatasets v3.
 
-    python -m training.data.convert --config config/training/libero_object.yaml --out DIR *.hdf5
+    python -m training.data.convert --config config/training/libero.yaml --out DIR *.hdf5
     python -m training.data.convert --config config/training/tabletop.yaml --out DIR DATASET
 
 The configuration says how large the policy's images are. Nothing of RLDS or TensorFlow is needed.

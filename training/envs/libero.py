@@ -3,7 +3,8 @@
 The published protocol: ten steps in which things settle, the image of the `agentview` camera
 turned by half a turn, the suite's step limit, and the benchmark's own initial states. Here each of
 a suite's 10 tasks and 50 initial states has a number below 500; every number from there on is a
-scene sampled anew, so that no demonstration can share one with the evaluation.
+scene sampled anew, so that no demonstration can share one with the evaluation. Where several suites
+are one environment, the benchmark's scenes of the second are those from 500 on, and so forth.
 
 Needs the extra `libero`, which brings every asset.
 """
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from rlrc_ros.errors import UserError
 from rlrc_ros.sim.cameras import make_renderer
 from rlrc_ros.sim.model import mujoco
-from training.config import BENCHMARK_SCENES
+from training.config import BENCHMARK_SCENES, benchmark_scenes, suites_of
 from training.data.demonstrations import encode_png
 from training.envs.tabletop import TEXT_BYTES, encode_text
 
@@ -54,17 +55,24 @@ _SETTLE = np.array([0.0] * 6 + [-1.0])
 
 
 class Scene(NamedTuple):
-    """Which task, and which of the benchmark's initial states; None where it is sampled."""
+    """Which suite and task, and which of its initial states; None where it is sampled."""
 
+    suite: str
     task: int
     state: int | None
 
 
-def scene_of(seed: int) -> Scene:
-    """The scene with a number: consecutive ones of the benchmark are of different tasks."""
-    if seed < BENCHMARK_SCENES:
-        return Scene(seed % TASKS, seed // TASKS)
-    return Scene(seed // SCENES_PER_TASK % TASKS, None)
+def scene_of(environment: str, seed: int) -> Scene:
+    """The scene with a number: consecutive ones of the benchmark are of different tasks.
+
+    environment: one of SUITES, or several joined by "+".
+    """
+    suites = suites_of(environment)
+    if seed < benchmark_scenes(environment):
+        place, number = divmod(seed, BENCHMARK_SCENES)
+        return Scene(suites[place], number % TASKS, number // TASKS)
+    turn, task = divmod(seed // SCENES_PER_TASK, TASKS)
+    return Scene(suites[turn % len(suites)], task, None)
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,7 @@ def tasks(suite: str) -> tuple[Task, ...]:
     from libero.libero.benchmark import task_maps
 
     folder, states = Path(get_libero_path("bddl_files")), Path(get_libero_path("init_states"))
-    base = next(name for name in STEP_LIMITS if suite in (name, *_perturbed(name)))
-    found = []
+    base, found = _unperturbed(suite), []
     for task in task_maps[suite].values():
         bddl = folder / suite / task.bddl_file
         told, original = _language(bddl), _language(folder / base / task.bddl_file)
@@ -105,8 +112,9 @@ def tasks(suite: str) -> tuple[Task, ...]:
     return tuple(found)
 
 
-def _perturbed(suite: str) -> list[str]:
-    return [f"{suite}_{kind}" for kind in PERTURBATIONS]
+def _unperturbed(suite: str) -> str:
+    kinds = ("", *(f"_{kind}" for kind in PERTURBATIONS))
+    return next(name for name in STEP_LIMITS if suite in {name + kind for kind in kinds})
 
 
 def _language(bddl: Path) -> str:
@@ -151,13 +159,17 @@ class World:
             self._states = file["states"]
         self._renderer: mujoco.Renderer | None = None
 
-    def reset(self, seed: int) -> None:
+    def reset(self, seed: int, environment: str = "") -> None:
         """Set up a scene of this task and let it settle.
 
         What the scene does not say (of the benchmark's, where the furniture stands) follows from
         its number too.
+
+        Args:
+            seed: the scene's number.
+            environment: that it is a number of; the suite if not given.
         """
-        state = scene_of(seed).state
+        state = scene_of(environment or self.suite, seed).state
         # Furniture is placed relative to where the model has it, which the last scene has changed.
         for fixture in self.env.fixtures_dict.values():
             if (body := mujoco.mj_name2id(self.model, _BODY, fixture.root_body)) >= 0:
@@ -255,34 +267,33 @@ _OPTIONS.geomgroup[0] = 0  # collision shapes
 
 
 class SeededLibero(gym.Env):
-    """A suite that takes its scenes from a list of numbers, one a reset.
+    """One or several suites, their scenes taken from a list of numbers, one a reset.
 
     Observations are the tabletop's: `image`, `proprioception`, `instruction` as bytes. The reward
     is 1 on the step that reaches the goal, and ends the episode; else 0.
 
     Args:
-        suite: one of SUITES.
+        environment: one of SUITES, or several joined by "+".
         seeds: what to go through, see `scene_of`; when they are used up, resets repeat the last
             scene and `info["exhausted"]` is set. `set_seeds` replaces them.
         label: put what a demonstration needs into the infos of reset and step: `expert_action`,
             `grounding`, and the image as a PNG file, `png`.
-        max_steps: the suite's limit by default.
+        max_steps: the scene's suite's limit by default.
         image_size: pixels, height and width.
     """
 
     def __init__(
         self,
-        suite: str,
+        environment: str,
         seeds: Iterable[int],
         label: bool = False,
         max_steps: int | None = None,
         image_size: int = 256,
     ) -> None:
-        self.suite, self.image_size = suite, image_size
+        self.environment, self.image_size = environment, image_size
         self._seeds: Iterator[int] = iter(seeds)
         self._label = label
-        base = next(name for name in STEP_LIMITS if suite in (name, *_perturbed(name)))
-        self._max_steps = max_steps or STEP_LIMITS[base]
+        self._max_steps = max_steps
         self._seed, self._exhausted = 0, False
         self._world: World | None = None
         self._expert: Any = None
@@ -310,12 +321,14 @@ class SeededLibero(gym.Env):
         following = next(self._seeds, None)
         self._exhausted = following is None
         self._seed = self._seed if following is None else following
-        number = scene_of(self._seed).task
-        if self._world is None or self._world.number != number:
+        scene = scene_of(self.environment, self._seed)
+        suite, number = scene.suite, scene.task
+        if self._world is None or (self._world.suite, self._world.number) != (suite, number):
             self.close()
             gc.collect()  # a task's textures and meshes are hundreds of megabytes, in cycles
-            self._world = World(self.suite, number, self.image_size)
-        self.world.reset(self._seed)
+            self._world = World(suite, number, self.image_size)
+        self.world.reset(self._seed, self.environment)
+        self._limit = self._max_steps or STEP_LIMITS[_unperturbed(suite)]
         if self._label:
             from training.envs.libero_expert import Expert
 
@@ -330,7 +343,7 @@ class SeededLibero(gym.Env):
         self.world.step(action)
         self._steps += 1
         success = self.world.success()
-        truncated = not success and self._steps >= self._max_steps
+        truncated = not success and self._steps >= self._limit
         return self._seen(), float(success), success, truncated, self._told()
 
     def close(self) -> None:

@@ -18,10 +18,11 @@ from rlrc_ros.errors import UserError
 from rlrc_ros.sim import tabletop
 from rlrc_ros.sim.tasks import VOCABULARY
 from training.common import cpu_count
+from training.config import TOGETHER
 from training.envs import libero
 from training.envs.tabletop import SeededTabletop
 
-ENVIRONMENTS = ("tabletop", *libero.SUITES)
+ENVIRONMENTS = ("tabletop", *libero.SUITES, TOGETHER)
 
 
 @dataclass(frozen=True)

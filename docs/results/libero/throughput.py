@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from training.envs.libero import SUITES
+from training.envs.registry import ENVIRONMENTS
 from training.envs.vector import make_vector, share
 
 FIRST = 9_000_000  # sampled scenes, 100 in a row of one task
@@ -36,7 +36,7 @@ def measure(suite, count, size, steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=ENVIRONMENTS)
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--steps", type=int, default=200)
