@@ -14,9 +14,10 @@ import fcntl
 import os
 import struct
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,6 +30,8 @@ _SUMMARY_OFFSET, _DATA_END = 0x0E, 0x0F
 # opcode and length of a record; what a message record holds before its data
 _PREFIX = struct.Struct("<BQ")
 _MESSAGE_HEAD = struct.Struct("<HIQQ")
+_PIECES = 512
+"""That one call writes; the system's limit is 1,024."""
 _CHUNK_HEAD = struct.Struct("<QQQI")
 
 
@@ -240,12 +243,17 @@ class McapWriter:
             self._file.close()
 
     def _append(self, *pieces: bytes) -> None:
+        """Write them from where they lie: a copy of all would be megabytes in one piece."""
         self._file.seek(self._end)
-        with memoryview(b"".join(pieces)) as left:
-            written = 0
-            while written < len(left):
-                written += self._file.write(left[written:]) or 0
-        self._end += written
+        left = deque(memoryview(piece) for piece in pieces if piece)
+        total = sum(map(len, left))
+        while left:
+            written = os.writev(self._file.fileno(), list(islice(left, _PIECES)))
+            while left and written >= len(left[0]):
+                written -= len(left.popleft())
+            if written:
+                left[0] = left[0][written:]
+        self._end += total
 
     def _reset_chunk(self) -> None:
         self._pieces: list[bytes] = []
