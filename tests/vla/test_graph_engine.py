@@ -30,7 +30,7 @@ def observed(config, tokens=9, seed=0):
     return Inputs(ids, None, image, joints), Inputs(ids, None, pixels, joints)
 
 
-def assert_same_tokens(config, model, device="cpu", lengths=(9, 30, 70), **options):
+def assert_same_tokens(config, model, device="cpu", lengths=(9, 12, 9, 30, 70), **options):
     eager = EagerEngine(copy.deepcopy(model).to(device))
     engine = GraphEngine(model.to(device), **options)
     engine.prepare()
@@ -106,6 +106,19 @@ def test_weights_are_counted_once_and_the_last_block_not_at_all():
     expected["vision"] -= sum(map(quantization.weight_bytes, unused))
     expected["llm"] -= (32064 - 256) * 32 * 4  # rows of the head that are no action's
     assert GraphEngine(model).weight_bytes() == expected
+
+
+def test_places_that_are_filled_again_hold_the_last_prompt():
+    config = bundle_config()
+    model = random_model(config)
+    embedding = model.language_model.model.embed_tokens.weight.detach().clone()
+    engine = GraphEngine(model)
+    slots = engine._slots(12)
+    for tokens, seed in ((9, 0), (9, 0), (9, 1), (12, 2), (9, 1)):
+        raw, _ = observed(config, tokens, seed)
+        engine._fill(slots, raw)
+        assert torch.equal(slots.words[:tokens], embedding[raw.input_ids[0]])
+        assert slots.count.item() == tokens and torch.equal(slots.images, raw.pixel_values)
 
 
 def test_a_broken_state_is_no_action():
