@@ -1,5 +1,6 @@
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rlrc_ros.rollouts.verify import verify
 
 TALKER = Path(__file__).with_name("talker.py")
 SLEEPER = Path(__file__).with_name("sleeper.py")
+READER = Path(__file__).with_name("reader.py")
 
 
 class Recorder:
@@ -62,6 +64,17 @@ def test_what_waited_for_a_busy_process_does_not_stay_in_its_memory(ros, start):
     before, after = map(int, slept.split()[1:])
     assert after - before > 15 * image
     assert int(last.split()[2]) - before < 5 * image
+
+
+def test_a_process_that_is_held_up_for_0_4_s_loses_no_image(ros, start):
+    reader = start([sys.executable, READER])
+    talker = talk(start, 1, 3.0, "1", "2")
+    assert ros.until(lambda: "image 10\n" in reader.output, 30.0)
+    reader.send(signal.SIGSTOP)
+    time.sleep(0.4)
+    reader.send(signal.SIGCONT)
+    images, _ = sent(ros, talker)
+    assert ros.until(lambda: f"image {2 * images}\n" in reader.output, 5.0)
 
 
 def test_every_message_is_in_the_bag_byte_by_byte(ros, start, tmp_path):

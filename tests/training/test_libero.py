@@ -48,6 +48,15 @@ def test_two_suites_as_one_environment_have_the_scenes_of_both():
     assert len(pairs) == 20 and set(pairs.values()) == {100}
 
 
+@pytest.mark.parametrize("count", [20, 610, 2000, 2030])
+def test_scenes_to_train_on_are_of_all_tasks_alike(count):
+    seeds = registry.training_scenes(TOGETHER, 2_000_000, count)
+    assert len(set(seeds)) == count
+    pairs = Counter((scene.suite, scene.task) for scene in map(partial(libero.scene_of, TOGETHER), seeds))
+    assert len(pairs) == 20 and max(pairs.values()) - min(pairs.values()) <= 1
+    assert list(registry.training_scenes("tabletop", 5, 3)) == [5, 6, 7]
+
+
 def test_the_shipped_configuration_keeps_the_benchmarks_scenes_for_evaluation():
     config = load_config(CONFIGS / "libero.yaml")
     assert config.environment == TOGETHER
@@ -130,7 +139,7 @@ class TestWithTheExtra:
 
     def test_a_scene_is_what_the_published_protocol_shows(self, world):
         """Step by step as the benchmark's users write it, with its own renderer."""
-        from libero.libero.envs import OffScreenRenderEnv
+        from libero.envs import OffScreenRenderEnv
 
         def shown(seen):
             """The observation, and the same a moment later: it is a physics step or two old."""

@@ -26,7 +26,7 @@ from training.data.demonstrations import (
     write_shard,
     write_shards,
 )
-from training.envs.registry import contract, make_environment
+from training.envs.registry import contract, make_environment, training_scenes
 from training.envs.vector import make_vector, share
 from training.rollout import Actor, roll
 
@@ -47,7 +47,7 @@ def collect_demonstrations(
     """
     contract(environment)  # imports what it takes, here rather than in a worker
     out.mkdir(parents=True, exist_ok=True)
-    seeds = range(config.first_seed, config.first_seed + config.episodes)
+    seeds = training_scenes(environment, config.first_seed, config.episodes)
     chunks = [seeds[i : i + EPISODES_PER_SHARD] for i in range(0, len(seeds), EPISODES_PER_SHARD)]
     paths = [out / f"shard-{i:05d}.safetensors" for i in range(len(chunks))]
     jobs = [
@@ -148,7 +148,7 @@ def collect_corrections(
     Returns the policy's success rate over these episodes.
     """
     venv = make_vector(
-        partial(share, range(config.first_seed, config.first_seed + config.episodes)),
+        partial(share, training_scenes(environment, config.first_seed, config.episodes)),
         actor.environments,
         environment,
         image_size=actor.image_size,

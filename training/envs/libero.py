@@ -75,6 +75,18 @@ def scene_of(environment: str, seed: int) -> Scene:
     return Scene(suites[turn % len(suites)], task, None)
 
 
+def sampled_scenes(environment: str, first: int, count: int) -> list[int]:
+    """Numbers of so many sampled scenes from `first` on, as many of each task as of any other."""
+    tasks = TASKS * len(suites_of(environment))
+    turns, rest = divmod(count, tasks * SCENES_PER_TASK)
+    whole = turns * tasks * SCENES_PER_TASK
+    numbers = list(range(first, first + whole))
+    for task in range(tasks):
+        start = first + whole + task * SCENES_PER_TASK
+        numbers += range(start, start + rest * (task + 1) // tasks - rest * task // tasks)
+    return numbers
+
+
 @dataclass(frozen=True)
 class Task:
     """One of a suite's tasks.

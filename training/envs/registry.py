@@ -6,7 +6,7 @@ end-effector steps in metres and radians, and the gripper's opening.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,13 @@ def contract(environment: str) -> Contract:
 def at_once(environment: str, wanted: int) -> int:
     """How many environments to have side by side: one of LIBERO's takes 1 to 2 GB of memory."""
     return wanted if environment == "tabletop" else min(wanted, 2 * cpu_count())
+
+
+def training_scenes(environment: str, first: int, count: int) -> Sequence[int]:
+    """Numbers of so many scenes to train on, from `first` on; of LIBERO's tasks evenly."""
+    if environment == "tabletop":
+        return range(first, first + count)
+    return libero.sampled_scenes(environment, first, count)
 
 
 def make_environment(
