@@ -140,7 +140,7 @@ class TestWithTheExtra:
 
     def test_a_scene_is_what_the_published_protocol_shows(self, world):
         """Step by step as the benchmark's users write it, with its own renderer."""
-        from libero.envs import OffScreenRenderEnv
+        from libero.libero.envs import OffScreenRenderEnv
 
         def shown(seen):
             """The observation, and the same a moment later: it is a physics step or two old."""

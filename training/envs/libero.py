@@ -83,7 +83,7 @@ def sampled_scenes(environment: str, first: int, count: int) -> list[int]:
     numbers = list(range(first, first + whole))
     for task in range(tasks):
         start = first + whole + task * SCENES_PER_TASK
-        numbers += range(start, start + rest * (task + 1) // tasks - rest * task // tasks)
+        numbers += range(start, start + len(range(task, rest, tasks)))
     return numbers
 
 
