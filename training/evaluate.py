@@ -32,7 +32,7 @@ from training.common import cpu_count, parallel_map, pick_device
 from training.config import benchmark_scenes
 from training.envs import libero
 from training.envs.registry import at_once, contract, make_environment
-from training.envs.vector import make_vector, share
+from training.envs.vector import make_vector, none_yet
 from training.rollout import Actor, roll
 
 ENVIRONMENTS = 128
@@ -281,7 +281,7 @@ def batched_episodes(
 ) -> Iterator[EpisodeResult]:
     """One policy for all environments, a batch a step."""
     venv = make_vector(
-        partial(share, seeds),
+        none_yet,
         actor.environments,
         task.environment,
         image_size=actor.image_size,
@@ -290,9 +290,9 @@ def batched_episodes(
     )
     steps = np.zeros(actor.environments, int)
     frames: dict[int, list[NDArray[np.uint8]]] = {}
-    for step in roll(actor, venv):
-        steps += 1
-        for i in step.active:
+    for step in roll(actor, venv, seeds):
+        steps[step.which] += 1
+        for i in step.which:
             if (seed := step.told[i]["seed"]) in films.seeds:
                 frames.setdefault(seed, []).append(step.observation["image"][i].copy())
         for i in step.ended:

@@ -49,7 +49,7 @@ from training.common import (
 from training.config import RlConfig, stated
 from training.data.batches import DemonstrationBatches
 from training.envs.macro import MacroSteps
-from training.envs.vector import make_vector
+from training.envs.vector import make_vector, none_yet
 from training.flow_policy import ChunkActions, FlowPolicy, flow_settings
 from training.lora import Adapters, refuse_new
 from training.ranks import ALONE, Ranks
@@ -433,7 +433,7 @@ def run(
         torch.manual_seed(seed)
         adapters = Adapters(model, config.lora, torch.float32)
     venv = make_vector(
-        lambda *_: range(0),  # each update gives every environment its scenes
+        none_yet,  # each update gives every environment its scenes
         environments,
         environment,
         partial(MacroSteps, actions=flow.replan_steps, gamma=config.gamma) if flow else None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from rlrc_ros.vla.action_codec import ActionCodec
@@ -22,6 +21,7 @@ from rlrc_ros.vla.pi0_engine import Pi0EagerEngine
 from rlrc_ros.vla.processor import Processor
 from training.augmentation import centre_cropped
 from training.envs.tabletop import decode_text
+from training.envs.vector import Environments, InProcess, Scenes
 
 
 class Batcher:
@@ -164,34 +164,58 @@ class Actor:
 
 @dataclass
 class Step:
-    """One step of all environments.
+    """One step of those environments that have answered.
 
     Attributes:
-        observation: what was seen before it.
+        which: they.
+        observation: what each environment saw before it; only until the next step.
         told: the environments' infos that came with that.
-        active: environments whose episode counts; the others have used up their seeds.
-        ended: environments whose episode this step ended, among the active ones.
-        infos: what each environment told after it.
+        ended: those of them whose episode this step ended.
+        infos: what each of them told after it.
     """
 
+    which: list[int]
     observation: dict[str, NDArray[Any]]
     told: list[dict[str, Any]]
-    active: NDArray[np.int64]
-    ended: NDArray[np.int64]
-    infos: list[dict[str, Any]]
+    ended: list[int]
+    infos: dict[int, dict[str, Any]]
 
 
-def roll(actor: Actor, venv: VecEnv) -> Iterator[Step]:
-    """Act until every environment has used up its seeds; closes the environments at the end."""
+def roll(actor: Actor, venv: Environments | InProcess, seeds: Sequence[int]) -> Iterator[Step]:
+    """Act until every scene has had its episode; closes the environments at the end.
+
+    Who takes long to answer is not waited for, since a reset takes as long as ten steps or more:
+    the policy acts for a quarter of them at a time.
+    """
+    scenes = Scenes(seeds, venv.num_envs)
+
+    def prepare(environment: int, *first: int) -> None:
+        """Tell an environment the scene after the one it is in."""
+        following = [*first, *scenes.take(environment)]
+        venv.env_method("set_seeds", following, indices=environment)
+
     try:
+        for i in range(venv.num_envs):
+            prepare(i, *scenes.take(i))
         observation: Any = venv.reset()
         told: list[dict[str, Any]] = list(venv.reset_infos)
-        while not all(info["exhausted"] for info in told):
-            following, _, dones, infos = venv.step(actor.act(observation))
-            active = np.array([not info["exhausted"] for info in told])
-            ended = np.flatnonzero(dones & active)
-            yield Step(observation, told, np.flatnonzero(active), ended, infos)
-            told = [venv.reset_infos[i] if done else infos[i] for i, done in enumerate(dones)]
-            observation = following
+        stepping: set[int] = set()
+        acting = [i for i, info in enumerate(told) if not info["exhausted"]]
+        while acting or stepping:
+            if acting:
+                venv.begin(acting, actor.act(observation)[acting])
+                stepping.update(acting)
+            answers = venv.answers(stepping, max(1, venv.num_envs // 4))
+            stepping -= answers.keys()
+            which = sorted(answers)
+            ended = [i for i in which if answers[i].done]
+            yield Step(which, observation, told, ended, {i: answers[i].info for i in which})
+            for i in which:
+                told[i] = answers[i].reset_info if answers[i].done else answers[i].info
+                for name, value in answers[i].observation.items():
+                    observation[name][i] = value
+            for i in ended:
+                prepare(i)
+            acting = [i for i in which if not told[i]["exhausted"]]
     finally:
         venv.close()

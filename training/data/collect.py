@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from training.data.demonstrations import (
     write_shards,
 )
 from training.envs.registry import contract, make_environment, training_scenes
-from training.envs.vector import make_vector, share
+from training.envs.vector import make_vector, none_yet
 from training.rollout import Actor, roll
 
 
@@ -148,7 +147,7 @@ def collect_corrections(
     Returns the policy's success rate over these episodes.
     """
     venv = make_vector(
-        partial(share, training_scenes(environment, config.first_seed, config.episodes)),
+        none_yet,
         actor.environments,
         environment,
         image_size=actor.image_size,
@@ -159,9 +158,10 @@ def collect_corrections(
     finished: list[Episode] = []
     recordings = [_Recording() for _ in range(actor.environments)]
     with tqdm(total=config.episodes, desc="corrections", unit="episode") as bar:
-        for step in roll(actor, venv):
-            for i in step.active:
-                told, proprioception = step.told[i], step.observation["proprioception"][i]
+        seeds = training_scenes(environment, config.first_seed, config.episodes)
+        for step in roll(actor, venv, seeds):
+            for i in step.which:
+                told, proprioception = step.told[i], step.observation["proprioception"][i].copy()
                 label, grounding = told["expert_action"], told["grounding"]
                 recordings[i].add(told["png"], proprioception, label, grounding)
             for i in step.ended:
@@ -171,6 +171,7 @@ def collect_corrections(
                 recordings[i] = _Recording()
                 bar.update()
                 bar.set_postfix(success=f"{np.mean([e.facts['success'] for e in finished]):.3f}")
+    finished.sort(key=lambda episode: episode.facts["seed"])  # not who was done first
     unfinished = out.with_name(f"{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import Env
@@ -14,6 +17,24 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from training.common import fork_server, leave_ctrl_c_to_parent
 from training.envs.registry import make_environment
+
+
+class Answer(NamedTuple):
+    """What one environment answered to an action; after an episode's end it has been reset.
+
+    Attributes:
+        observation: after the action, or after the reset.
+        reward: of the action.
+        done: whether it ended the episode.
+        info: what the environment told after the action.
+        reset_info: what it told after its last reset.
+    """
+
+    observation: dict[str, Any]
+    reward: float
+    done: bool
+    info: dict[str, Any]
+    reset_info: dict[str, Any]
 
 
 class Environments(SubprocVecEnv):
@@ -38,6 +59,21 @@ class Environments(SubprocVecEnv):
         halves = slice(0, half), slice(half, self.num_envs)
         return halves if 2 * half == self.num_envs else (slice(0, self.num_envs),)
 
+    def begin(self, which: Collection[int], actions: NDArray[Any]) -> None:
+        """Let some of them step."""
+        for i, action in zip(which, actions, strict=True):
+            self.remotes[i].send(("step", action))
+
+    def answers(self, which: Collection[int], at_least: int) -> dict[int, Answer]:
+        """What those answered that were the first to, of those that step: so many, or all."""
+        waiting: dict[Any, int] = {self.remotes[i]: i for i in which}
+        answers: dict[int, Answer] = {}
+        while waiting and len(answers) < at_least:
+            ready: list[Any] = wait(list(waiting))
+            for remote in ready:
+                answers[waiting.pop(remote)] = Answer(*remote.recv())
+        return answers
+
     def send(self, half: slice, actions: NDArray[Any]) -> None:
         """Let one of `halves` step."""
         for remote, action in zip(self.remotes[half], actions, strict=True):
@@ -58,6 +94,25 @@ class InProcess(DummyVecEnv):
     def halves(self) -> tuple[slice, ...]:
         """All as one."""
         return (slice(0, self.num_envs),)
+
+    def begin(self, _: Collection[int], actions: NDArray[Any]) -> None:
+        """Keep the actions, of all."""
+        self.step_async(actions)
+
+    def answers(self, which: Collection[int], _: int) -> dict[int, Answer]:
+        """Step, and what all answered."""
+        seen, rewards, dones, infos = self.step_wait()
+        rows: Any = seen
+        return {
+            i: Answer(
+                {name: values[i] for name, values in rows.items()},
+                float(rewards[i]),
+                bool(dones[i]),
+                infos[i],
+                self.reset_infos[i],
+            )
+            for i in which
+        }
 
     def send(self, _: slice, actions: NDArray[Any]) -> None:
         """Keep their actions."""
@@ -99,9 +154,28 @@ def _made(wrap: Callable[[Env], Env] | None, *arguments: Any, **kwargs: Any) -> 
     return wrap(env) if wrap else env
 
 
-def share(seeds: Sequence[int], index: int, environments: int) -> Sequence[int]:
-    """One environment's part of a list, in a row: neighbours are often of the same task."""
-    return seeds[len(seeds) * index // environments : len(seeds) * (index + 1) // environments]
+def none_yet(_: int, __: int) -> tuple[int, ...]:
+    """No seeds: whoever has the environments deals them out."""
+    return ()
+
+
+class Scenes:
+    """Scenes dealt out to environments.
+
+    Each has its part of the list, in a row, since neighbours are often of the same task; whose part
+    is used up takes from the end of the longest.
+    """
+
+    def __init__(self, seeds: Sequence[int], environments: int) -> None:
+        bounds = [len(seeds) * i // environments for i in range(environments + 1)]
+        self._parts = [deque(seeds[a:b]) for a, b in pairwise(bounds)]
+
+    def take(self, environment: int) -> list[int]:
+        """The next one for an environment; empty when there are none left."""
+        if own := self._parts[environment]:
+            return [own.popleft()]
+        longest = max(self._parts, key=len)
+        return [longest.pop()] if longest else []
 
 
 def _in_worker(make: Callable[[], Env]) -> Env:
