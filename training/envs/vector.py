@@ -76,13 +76,13 @@ class Environments(SubprocVecEnv):
 
     def send(self, half: slice, actions: NDArray[Any]) -> None:
         """Let one of `halves` step."""
-        for remote, action in zip(self.remotes[half], actions, strict=True):
-            remote.send(("step", action))
+        self.begin(range(self.num_envs)[half], actions)
 
     def receive(self, half: slice) -> VecEnvStepReturn:
         """What it answered; `reset_infos` stay as they are."""
-        answers = [remote.recv() for remote in self.remotes[half]]
-        seen, rewards, dones, infos, _ = zip(*answers, strict=True)
+        which = range(self.num_envs)[half]
+        answers = self.answers(which, len(which))
+        seen, rewards, dones, infos, _ = zip(*(answers[i] for i in which), strict=True)
         stacked = {name: np.stack([each[name] for each in seen]) for name in seen[0]}
         return stacked, np.stack(rewards), np.stack(dones), list(infos)
 

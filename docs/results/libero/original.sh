@@ -9,7 +9,8 @@ rlrc compress libero --skip-evaluation --out "$out" 2>> "$out/compress.log" &
 compress=$!
 until [ -d "$out/original" ]; do kill -0 $compress; sleep 1; done
 rlrc eval --policy "$out/original" --env $both --episodes 1000 --log "$out/original.jsonl" 2> "$out/original.log" &
+evaluation=$!
 until [ -d "$out/recovered" ]; do kill -0 $compress; sleep 1; done
 kill $compress # before PPO
-wait %2
+wait $evaluation
 rlrc eval --policy "$out/recovered" --env $both --episodes 1000 --log "$out/recovered.jsonl" 2> "$out/recovered.log"
