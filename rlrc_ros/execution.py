@@ -137,9 +137,7 @@ class Episode:
         now = time.monotonic()
         if self._began is None:
             self._began = self._last_step = self._tick_time = now
-        if (gap := now - self._tick_time) > self._plan.period + LONGEST_STALL:
-            # Whoever stands beside the arm takes it for stopped by now.
-            self.end(POLICY_ERROR, f"the node was held up for {gap:.1f} s")
+        if self._held_up(now):
             return
         if self.elapsed > self.max_duration:
             self.end(TIMEOUT, f"after {self.max_duration:g} s")
@@ -216,11 +214,22 @@ class Episode:
         self._last_step = time.monotonic()
         statistics.times.append(self._last_step)
 
+    def _held_up(self, now: float) -> bool:
+        """Ends the episode where control was held up for LONGEST_STALL; whether it has ended.
+
+        Whoever stands beside the arm takes it for stopped by then. A step that was under way may
+        notice before `tick` does.
+        """
+        if (gap := now - self._tick_time) > self._plan.period + LONGEST_STALL:
+            self.end(POLICY_ERROR, f"the node was held up for {gap:.1f} s")
+        return self.ended
+
     def _skip(self, reason: str, message: str, patience: float) -> None:
         """Count a step not taken; ends the episode once there was none for so many seconds."""
         self.statistics.skipped_steps += 1
         self.statistics.skip_reason = message
-        if time.monotonic() - self._last_step > patience:
+        now = time.monotonic()
+        if not self._held_up(now) and now - self._last_step > patience:
             self.end(reason, message)
 
 

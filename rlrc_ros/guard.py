@@ -337,7 +337,7 @@ class Guard:
 
     def _hold_in_silence(self, now: float, counter: str, reason: str) -> tuple[str, str]:
         if self.moving:
-            if self.state == ACTIVE:
+            if self.state == ACTIVE or self.reason != reason:  # once for each reason to brake
                 self._count(counter)
             return HOLDING, reason
         # A standing arm may be taken over by another policy or episode, and is given up in the end.

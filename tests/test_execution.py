@@ -23,7 +23,7 @@ class Robot:
         self.chunk, self.actions = chunk, None
         self.commands = []
         self.look_error = self.act_error = None
-        self.age, self.acting = 0.0, threading.Event()
+        self.age, self.looking, self.acting = 0.0, 0.0, threading.Event()
         self.acting.set()
         policy = SimpleNamespace(act=self._act)
         self.episode = Episode(
@@ -39,6 +39,7 @@ class Robot:
         )
 
     def _look(self):
+        time.sleep(self.looking)
         if self.look_error:
             raise self.look_error
         return SimpleNamespace(), time.time_ns() - round(self.age * 1e9)
@@ -259,6 +260,14 @@ def test_an_episode_that_was_held_up_does_not_go_on(robot, monkeypatch):
     reason, message = ended(robot)
     assert reason == "policy_error" and message.startswith("the node was held up for 0.")
     assert len(robot.commands) == 1
+
+
+def test_a_step_that_was_held_up_says_so_and_not_that_its_observation_is_old(robot, monkeypatch):
+    monkeypatch.setattr(execution, "LONGEST_STALL", 0.2)
+    impatient(monkeypatch)
+    robot.look_error, robot.looking = NotReady("camera 'front' is 3.2 s old"), 0.4
+    robot.step()
+    assert ended(robot)[0] == "policy_error" and "the node was held up for 0." in ended(robot)[1]
 
 
 def test_a_policy_that_cannot_be_loaded_changes_nothing():

@@ -437,6 +437,16 @@ def test_a_dead_policy_is_not_waited_for():
     assert run.guard.state == ACTIVE, "another policy takes over"
 
 
+def test_death_that_is_heard_of_after_the_silence_counts_too():
+    run = Run(command_timeout=0.195, max_linear_acceleration=1.0)
+    run.steps(0.5, command(linear=(0.2, 0.0, 0.0)))
+    run.steps(0.25)
+    assert run.guard.state == HOLDING and run.guard.counts.stops_on_silence == 1
+    run.guard.hear(alive=False)
+    run.steps(1.0)
+    assert run.guard.counts.liveliness_lost == 1 and run.guard.counts.stops_on_silence == 1
+
+
 @pytest.mark.parametrize("again", ["signs of life", "a command"])
 def test_a_policy_that_was_taken_for_dead_goes_on(again):
     run = Run()

@@ -64,6 +64,8 @@ STEADY_CLOCK = Clock(clock_type=ClockType.STEADY_TIME)
 TEARDOWN_TIME = 5.0
 """s that destroying a node may take. Fast DDS can deadlock there: TCP channels of 3.2 do (see
 `rlrc_ros.bringup`)."""
+LINGER_TIME = 0.2
+"""s for what was answered last to go out and to arrive, before a process ends."""
 
 
 def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None = None) -> int:
@@ -135,6 +137,14 @@ async def until(node: Node, condition: Callable[[], bool], seconds: float) -> bo
     result = await held
     node.destroy_timer(timer)
     return bool(result)
+
+
+def linger(node: Node) -> None:
+    """Serve callbacks for LINGER_TIME: nothing tells when a service's answer has arrived."""
+    executor, deadline = node.executor, time.monotonic() + LINGER_TIME
+    assert executor is not None
+    while (left := deadline - time.monotonic()) > 0:
+        executor.spin_once(timeout_sec=left)
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class OperatorNode(Node):
         """Before the process ends: stop the arm and close the bag."""
         if not self._episode_id or self._busy:
             return
+        self._recorder.hurry(FAREWELL_TIME / 2)
         executor, deadline = self.executor, time.monotonic() + FAREWELL_TIME
         assert executor is not None
         task = executor.create_task(self._end_quietly, execution.NODE_DEACTIVATED)

@@ -178,12 +178,12 @@ class PolicyNode(LifecycleNode):
         """Before the process ends: stop the arm, close the bag, give the client its result."""
         if self._is_active():
             self.trigger_deactivate()
+        self._recorder.hurry(FAREWELL_TIME / 2)
         executor, deadline = self.executor, time.monotonic() + FAREWELL_TIME
         assert executor is not None
         while self._done is not None and time.monotonic() < deadline:
             executor.spin_once(timeout_sec=0.1)
-        for _ in range(3):  # the result goes out in a callback of its own
-            executor.spin_once(timeout_sec=0.05)
+        common.linger(self)
 
     def end_episode(self, reason: str, message: str = "") -> None:
         """End the running episode, if any, and command a stop."""

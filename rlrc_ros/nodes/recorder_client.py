@@ -45,9 +45,13 @@ class RecorderClient:
         self._episode_id = ""
         """Of the recording that goes on; empty where none does."""
         self._heard = 0.0
-        self._patience = PATIENCE
+        self._patience, self._most_patience = PATIENCE, PATIENCE
         node.create_subscription(RecorderStatus, "recorder/status", self._on_status, 10)
         node.create_timer(0.5, self._watch, clock=common.STEADY_CLOCK)
+
+    def hurry(self, patience: float) -> None:
+        """The process is about to end: no answer is waited for any longer than so many s."""
+        self._most_patience = patience
 
     def _on_status(self, status: RecorderStatus) -> None:
         if self._episode_id and status.episode_id == self._episode_id:
@@ -97,13 +101,21 @@ class RecorderClient:
             raise UserError(f"there is no {name}; start recorder_node, or set record to false")
         asked: list[Any] = []
         answers: list[Any] = []
-        deadline = time.monotonic() + self._patience
-        while not answers and (left := deadline - time.monotonic()) > 0:
+        began = time.monotonic()
+
+        def patience() -> float:
+            return min(self._patience, self._most_patience)
+
+        def over() -> bool:
+            late = time.monotonic() - began >= patience()
+            return late or any(future.done() for future in asked)
+
+        while not answers and time.monotonic() - began < patience():
             asked.append(client.call_async(request))
-            await common.until(self._node, lambda: any(f.done() for f in asked), min(again, left))
+            await common.until(self._node, over, again)
             answers = [future.result() for future in asked if future.done()]
         for future in asked:
             future.cancel()
         if not answers:
-            raise UserError(f"{client.srv_name} did not answer within {self._patience:g} s")
+            raise UserError(f"{client.srv_name} did not answer within {patience():g} s")
         return answers[0]

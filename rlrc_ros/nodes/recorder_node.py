@@ -106,6 +106,7 @@ class RecorderNode(Node):
 
         Whoever asked for it, told to end by the same Ctrl-C, gets to say how the episode ended.
         """
+        attended = self._client is not None
         executor, deadline = self.executor, time.monotonic() + FAREWELL_TIME
         assert executor is not None
         while self._client is not None and self._client.attends and time.monotonic() < deadline:
@@ -113,6 +114,8 @@ class RecorderNode(Node):
         if self._recording is not None:
             lost = self._client is not None and self._client.lost
             self._close(self._recording, "client_lost" if lost else "recorder_shutdown")
+        if attended:
+            common.linger(self)
 
     def _on_start(
         self, request: StartRecording.Request, response: StartRecording.Response

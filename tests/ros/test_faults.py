@@ -129,6 +129,8 @@ def shared_stack(start_shared, bundles, tmp_path_factory):
 def stack(shared_stack):
     """The nodes that the tests of this module share, in order; the arm at home, nothing running."""
     stack = shared_stack
+    for process in stack.processes.values():
+        process.send(signal.SIGCONT)  # what a test that failed has left frozen
     assert stack.ros.until(lambda: stack.states[-1][1].state == "idle", 30.0)
     assert stack.ros.call(ResetScene, "sim_arm/reset", seed=7).success
     stack.guard_states.clear(), stack.diagnostics.clear()
@@ -164,8 +166,8 @@ def test_a_policy_that_hangs_stops_the_arm_at_once_and_the_episode_in_the_end(st
 
 
 def test_a_frozen_policy_node_leaves_a_standing_arm_and_does_not_go_on(stack):
-    future = stack.begin("moves")
     stops = stack.guard_states[-1][1].liveliness_lost
+    future = stack.begin("moves")
     stack.processes["policy_node"].send(signal.SIGSTOP)
     assert stack.ros.until(lambda: stack.guard_states[-1][1].liveliness_lost > stops, 10.0)
     assert stack.said("command_guard", "a policy's process gives no sign of life")

@@ -268,6 +268,20 @@ def test_ctrl_c_on_all_of_them_leaves_a_result_and_a_bag_that_says_so(stack):
         stack.restart(name)
 
 
+def test_a_policy_node_that_is_told_to_end_does_not_wait_for_a_frozen_recorder(stack):
+    result = stack.begin("hurried")
+    stack.send(RECORDER, signal.SIGSTOP)
+    stack.send(POLICY, signal.SIGINT)
+    result = stack.result(result)
+    assert result.termination_reason == "node_deactivated"
+    assert "recorder/stop did not answer within 1.5 s" in result.message
+    assert stack.processes[POLICY].wait() == 0 and stack.stopped()
+    stack.send(RECORDER, signal.SIGCONT)
+    assert stack.ros.until((stack.bags / "hurried").is_dir), "the bag is not closed"
+    assert verify(stack.bags / "hurried").ok
+    stack.restart(POLICY)
+
+
 @pytest.fixture
 def clock(tmp_path):
     """(environment, set): a process with it has a system clock that `set` puts off by s."""
