@@ -6,22 +6,23 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INTERFACES := $(wildcard msg/*.msg srv/*.srv action/*.action scripts/tf2_message/* scripts/tf2_message/msg/*)
+TIMED := tests/ros tests/rollouts
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test test-nodes test-rest lint env clean
+.PHONY: demo test test-timed test-rest lint env clean
 
 demo: env
 	$(BIN)/rlrc demo --out runs/demo
 
 test: env $(VENV)/.libero lint
-	@# Nodes keep time: what only computes leaves them the processor whenever they want it.
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync test-nodes test-rest
+	@# What only computes leaves the processor to what keeps time, whenever that wants it.
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync test-timed test-rest
 
-test-nodes:
-	$(BIN)/python -m pytest tests/ros
+test-timed:
+	$(BIN)/python -m pytest $(TIMED)
 
 test-rest:
-	nice -n 19 $(BIN)/python -m pytest --ignore tests/ros --numprocesses 2 --dist loadfile
+	nice -n 19 $(BIN)/python -m pytest $(TIMED:%=--ignore=%) --numprocesses 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MUJOCO_GL", "egl")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,9 @@ from rlrc_ros.vla.policy import build_model
 from rlrc_ros.vla.processor import Observation, word_tokenizer
 
 torch.set_num_threads(1)
+# What only computes is tested at a low priority, beside nodes that keep time (Makefile).
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 # ROS's launch, which its pytest plugins import, makes loggers that pytest's caplog does not hear.
 logging.setLoggerClass(logging.Logger)
 

@@ -52,7 +52,7 @@ actions = st.lists(
 ).map(np.array)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chunks=st.lists(actions, min_size=2, max_size=5), age=st.floats(0.0, 0.3))
 def test_the_jump_at_a_splice_is_bounded_and_the_new_chunk_has_taken_over_in_the_end(chunks, age):
     plan = ActionPlan(PERIOD)

@@ -118,7 +118,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(steps=steps, box=st.booleans(), cone=st.booleans(), jerk=jerks)
 def test_whatever_comes_in_outputs_are_finite_and_within_the_limits(steps, box, cone, jerk):
     more = {"max_tilt": 0.5} if cone else {}
@@ -176,7 +176,7 @@ def test_whatever_comes_in_outputs_are_finite_and_within_the_limits(steps, box, 
         last, last_now = output, now
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     start=st.tuples(st.floats(-0.5, 0.5), st.floats(-0.4, 0.4), st.floats(0.0, 0.6)),
     delay=st.floats(0.0, REACTION_TIME),
@@ -229,7 +229,7 @@ def test_an_arm_that_follows_late_and_is_measured_late_stays_in_the_box(
             assert low - 1e-9 <= value <= high + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     tilt=st.floats(0.0, 0.5),
     around=st.floats(-3.0, 3.0),

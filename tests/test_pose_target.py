@@ -35,7 +35,7 @@ def moving(linear=ZERO, angular=ZERO):
     return Output(linear, angular, 0.5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     steps=st.lists(
         st.tuples(

@@ -13,7 +13,7 @@ from rlrc_ros.vla import load_policy
 times = st.lists(st.floats(0.1, 100), min_size=10, max_size=40)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(times, st.floats(0.1, 10))
 def test_a_constant_ratio_is_found_whatever_the_drift(reference, factor):
     low, high = ratio_interval([factor * t for t in reference], reference)

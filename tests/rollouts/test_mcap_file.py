@@ -54,7 +54,7 @@ def without_publish_time(messages):
     return sorted((channel, log, data) for channel, log, _, data in messages)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batches=st.lists(messages, max_size=4))
 def test_both_libraries_read_what_was_written(batches, tmp_path_factory):
     path = tmp_path_factory.mktemp("mcap") / "x.mcap"
@@ -70,7 +70,7 @@ def test_both_libraries_read_what_was_written(batches, tmp_path_factory):
     assert not found.problem and sum(found.index.counts.values()) == len(all_)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches=st.lists(messages.filter(bool), min_size=1, max_size=4), where=st.floats(0, 1))
 def test_a_file_cut_anywhere_is_whole_again_up_to_its_last_whole_chunk(
     batches, where, tmp_path_factory

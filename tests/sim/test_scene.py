@@ -17,7 +17,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @given(seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_scene_is_valid(seed):
     scene = sample_scene(seed)
     assert scene == sample_scene(seed)
@@ -44,7 +44,7 @@ def corners(thing):
 
 
 @given(seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_nothing_overlaps(seed):
     scene = sample_scene(seed)
     for i, thing in enumerate(scene.objects):
@@ -68,7 +68,7 @@ def test_nothing_overlaps(seed):
 
 
 @given(seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_only_the_instruction_depends_on_the_family(seed):
     scenes = [sample_scene(seed, family) for family in FAMILIES]
     for scene, family in zip(scenes, FAMILIES, strict=True):
@@ -80,7 +80,7 @@ def test_only_the_instruction_depends_on_the_family(seed):
 
 
 @given(seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_instructions_are_plain_words_and_mean_what_they_say(seed):
     scene = sample_scene(seed)
     assert scene.instruction in scene.instructions

@@ -96,7 +96,7 @@ def rolled_out(data, monkeypatch):
 # The sampler
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     mean=st.floats(-2, 2),
     spread=st.floats(0.1, 1.5),

@@ -38,7 +38,7 @@ def policy_of(images=1, layers=LAYERS, seed=0):
     return Trainable(build_model(config), config, word_tokenizer(WORDS), None)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(plans(), st.integers(0, 100))
 def test_cutting_equals_masking(plan, seed):
     per_group, layers, cuts = plan

@@ -48,7 +48,7 @@ def test_the_most_important_inner_layers_stay():
     assert uniform_plan(legacy(), architecture, [0, 1, 3, 2, 0]).layers == (0, 2, 4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0.3, 0.97), st.integers(2, 5))
 def test_uniform_plans_meet_their_share_or_say_that_they_cannot(remove, keep):
     architecture = bundle_config(((4, 2, 128),) * 5).architecture
@@ -77,7 +77,7 @@ class WithOverhead:
         return f"at the least {least:.2f}"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.floats(7, 22),
     st.sampled_from(["width", "depth", "both"]),

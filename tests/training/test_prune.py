@@ -61,7 +61,7 @@ def plans(draw):
     return per_group, sorted(layers), [draw(layer_cuts(per_group)) for _ in layers]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(plans(), st.integers(0, 100))
 def test_cutting_equals_masking(plan, seed):
     """What is left computes what the whole does with all that was removed at zero."""

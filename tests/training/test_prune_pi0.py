@@ -70,7 +70,7 @@ def mask(module, layers, cuts):
         down[:, list(chosen.channels)] = 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(plans(), st.integers(0, 100))
 def test_cutting_equals_masking(plan, seed):
     """What is left computes what the whole does with all that was removed at zero."""

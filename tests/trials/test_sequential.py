@@ -13,7 +13,7 @@ counts = st.integers(0, 150)
 tables = st.tuples(counts, counts, counts, counts).filter(any)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(0, 8), st.floats(-0.9, 0.9), st.floats(0, 1))
 def test_the_capital_is_expected_to_stay_what_it_was_under_the_hypothesis(n, mean, spread):
     # Summed over every outcome of n pairs whose mean is the hypothetical one: exactly 1.
@@ -37,7 +37,7 @@ def test_the_capital_is_what_the_bets_bring():
         assert math.exp(float(found)) == pytest.approx(np.trapezoid(capital, stakes), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(tables, st.floats(0.01, 0.5), st.sampled_from([0.01, 0.05, 0.1]))
 def test_rule_interval_and_p_value_agree(table, margin, alpha):
     _, only_a, only_b, _ = table
@@ -49,7 +49,7 @@ def test_rule_interval_and_p_value_agree(table, margin, alpha):
         assert (anytime_p(only_a, only_b, sum(table), margin) < alpha / 2) == (low > -margin)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(tables)
 def test_interval_laws(table):
     both, only_a, only_b, neither = table

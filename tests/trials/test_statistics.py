@@ -295,7 +295,7 @@ def test_barnard_gives_published_values():
     assert barnard(7, 15, 12, 15) == pytest.approx(2 * 0.0340, abs=2e-3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9))
 def test_barnard_laws(a, b, more_a, more_b):
     n_a, n_b = a + more_a, b + more_b

@@ -2,9 +2,10 @@
 
 From ground-truth poses and collision shapes. What it does is a function of the state as it is; all
 it keeps is how it means to grasp, until the thing has moved. So it says what to do in any state
-that another policy got into, and tries again after a slip. How often it succeeds:
+that another policy got into, and tries again after a slip. How often it succeeds, and how often
+somebody would who does the same and knows less well where the thing is:
 
-    python -m training.envs.libero_expert libero_object --states 10 [--sampled] [--noise]
+    python -m training.envs.libero_expert libero_object --states 10 [--sampled] [--noise] [--unsure]
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ TIPS = 0.012  # metres from the grip site down to the fingertips
 PALM = 0.038  # metres from the grip site up to the palm
 WIDEST = 0.070  # metres; what is wider is held by its rim
 MOST_TURNED = 1.8  # rad from home; the last joint reaches 2.1 one way and 3.7 the other
-REACH = 0.72  # metres from the base, hand pointing down; at 0.76 the elbow is straight
+REACH = 0.74  # metres from the base, hand pointing down; at 0.76 the elbow is straight
+RIM_SIDE = -0.75 * np.pi  # rad; where a rim is held if it can be: to the right, and near the base
 RIM_DEPTH = 0.012  # metres that the grip site goes below a rim
 RIM_INSET = 0.004  # metres from the outermost of a rim to the middle of the wall there
 STILL = 0.03  # m/s; slower than that, closing fingers have met something
 EMPTY = 0.012  # gripper opening below which nothing is between the fingers
 AT_PLACE = 0.012  # metres off the place within which it is lowered
+WHOLE_SLACK = (0.008, 0.010)  # metres off, across and along the fingers, at which they may close
+RIM_SLACK = (0.016, 0.012)
+GUESSES = 7  # of where a thing is, that an unsure student has
 
 # Half sizes of what must be free around a grasp: across (from finger to finger), along, and from
 # where to where above the grip site; metres.
@@ -58,12 +63,14 @@ class Grasp:
         axis: (3,) unit vector from finger to finger.
         orientation: (3, 3) the thing's, when this was planned.
         at: (3,) its position then, m.
+        slack: m that the fingers may be off when they close, across and along them.
     """
 
     position: Floats
     axis: Floats
     orientation: Floats
     at: Floats
+    slack: tuple[float, float]
 
 
 class Expert:
@@ -132,10 +139,15 @@ class Expert:
             if moved < 0.02 and turned < 0.2:
                 return old
         middle = (0.0, self._shape.mean(0), np.append(self._fingers(), 0.0))
-        candidates = self._across() or self._at_rim() or [middle]
+        whole = self._across()
+        candidates = whole or self._at_rim() or [middle]
         _, position, axis = min(candidates, key=lambda candidate: candidate[0])
         self._grasp = Grasp(
-            self._turned.T @ (position - self._at), self._turned.T @ axis, self._turned, self._at
+            self._turned.T @ (position - self._at),
+            self._turned.T @ axis,
+            self._turned,
+            self._at,
+            WHOLE_SLACK if whole else RIM_SLACK,
         )
         return self._grasp
 
@@ -172,7 +184,10 @@ class Expert:
             across /= np.linalg.norm(across)
             edge = radius * outward + np.array([0.0, 0.0, top])
             position = self._turned @ edge + self._at - (0, 0, RIM_DEPTH)
-            cost = 0.02 * abs(_half_turn(_angle(across))) + 0.3 * abs(normal[2])
+            # Always the same piece of the rim, if one can: whoever learns from this, and does not
+            # see every millimetre, must not have to guess which one is meant.
+            aside = np.arctan2(normal[1], normal[0]) - RIM_SIDE
+            cost = 0.05 * abs((aside + np.pi) % (2 * np.pi) - np.pi) + 0.3 * abs(normal[2])
             cost += self._blocked(position, across) + self._far(position)
             # Nothing of the thing itself may be where the palm goes.
             reach = (self._shape - position) @ np.column_stack(_frame(across))
@@ -207,7 +222,8 @@ class Expert:
         turned = _angle(self._fingers())
         wanted = _half_turn(_angle(axis)) + np.array([-np.pi, 0, np.pi])
         wanted = wanted[np.abs(wanted) < MOST_TURNED]
-        turn = float(wanted[np.abs(wanted - turned).argmin()] - turned)
+        # Of two that are equally far, always the same one.
+        turn = float(wanted[np.abs(wanted - turned + 0.1).argmin()] - turned)
         return goal, turn, goal - self._here
 
     def _off(self, way: Floats) -> Floats:
@@ -226,15 +242,17 @@ class Expert:
         return bool(squeezed and off.max() < 0.03)
 
     def _take(self) -> Floats:
-        goal, turn, way = self._goal_of(self._plan())
+        grasp = self._plan()
+        goal, turn, way = self._goal_of(grasp)
+        wide, deep = grasp.slack
         across, along, up = self._off(way)
         # What closes centres the thing, so tolerances grow meanwhile.
         closing = np.clip((0.95 - self._opening) / 0.3, 0, 1) * (self._opening > EMPTY)
         slack = 1 + 1.5 * closing
-        near = max(across / 0.008, along / 0.010, up / 0.008) < slack and abs(turn) < 0.12 * slack
+        near = max(across / wide, along / deep, up / 0.008) < slack and abs(turn) < 0.12 * slack
         if near and self._opening > EMPTY:
             return self._move(way, turn, 0.0, CAREFUL)
-        off = np.hypot(max(across - 0.004, 0), max(along - 0.004, 0)) + 0.06 * abs(turn)
+        off = np.hypot(max(across - wide / 2, 0), max(along - deep / 2, 0)) + 0.06 * abs(turn)
         off += 0.10 * float(np.clip(0.9 - self._opening, 0, 1))
         height = max(self._top(self._here, goal, 0.08), self._shape[:, 2].max()) + CLEARANCE + TIPS
         return self._over_and_down(goal, off, height, turn, 1.0)
@@ -288,6 +306,41 @@ class Expert:
         tilt = np.cross(self._hand[:, 2], (0, 0, -1))
         rotation = np.array([*np.clip(tilt[:2], -0.25, 0.25), np.clip(0.7 * turn, -0.35, 0.35)])
         return np.array([*step, *np.clip(rotation, -ROTATION, ROTATION), opening])
+
+
+class _Guess(Expert):
+    """One who takes the thing to be `shift` m (3,) from where it is, and plans anew every step."""
+
+    def __init__(self, world: World, shift: Floats) -> None:
+        super().__init__(world)
+        self._shift = shift
+
+    def _see(self) -> None:
+        super()._see()
+        self._at, self._shape = self._at + self._shift, self._shape + self._shift
+        if self._opening > 0.6:
+            self._grasp = None
+
+
+class Unsure:
+    """Somebody who has learned from the expert and does not see exactly where the thing is.
+
+    Does the median of what experts would with different ideas of that. A stand-in for a policy that
+    can be tried before there is one: what it cannot do, cloning will hardly teach.
+
+    Args:
+        world: where.
+        spread: standard deviation of the ideas, horizontally, m.
+        rng: draws them, once.
+    """
+
+    def __init__(self, world: World, spread: float, rng: np.random.Generator) -> None:
+        shifts = np.append(rng.normal(0, spread, (GUESSES, 2)), np.zeros((GUESSES, 1)), axis=1)
+        self._guesses = [_Guess(world, shift) for shift in shifts]
+
+    def action(self) -> NDArray[np.float64]:
+        """(7,), as `World.step` takes it."""
+        return np.median([guess.action() for guess in self._guesses], axis=0)
 
 
 def _frame(across: Floats) -> tuple[Floats, Floats, Floats]:
@@ -359,14 +412,17 @@ def _points(model: mujoco.MjModel, geom: int) -> Floats:
     return local @ turn.reshape(3, 3).T + model.geom_pos[geom]
 
 
-def rollout(world: World, seed: int, limit: int, noise: float = 0.0) -> tuple[bool, int]:
+def rollout(
+    world: World, seed: int, limit: int, noise: float = 0.0, unsure: float = 0.0
+) -> tuple[bool, int]:
     """One episode of the expert: whether it succeeded, and in how many steps.
 
     noise: standard deviation of what is added to the translation, m a control step; reproducible
-    for the seed.
+    for the seed. unsure: of the ideas of where the thing is, m; see `Unsure`.
     """
     world.reset(seed)
-    expert, rng = Expert(world), np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([seed, 2])
+    expert = Unsure(world, unsure, rng) if unsure else Expert(world)
     for step in range(limit):
         action = expert.action()
         action[:3] += rng.normal(0, noise, 3)
@@ -385,6 +441,9 @@ def main() -> None:
     parser.add_argument(
         "--noise", type=float, default=0.0, help="on translations, m a control step"
     )
+    parser.add_argument(
+        "--unsure", type=float, default=0.0, help="about where the thing is, m; as a student is"
+    )
     arguments = parser.parse_args()
     suite, count = arguments.suite, arguments.states
     if not 1 <= count <= (SCENES_PER_TASK if arguments.sampled else STATES):
@@ -396,9 +455,10 @@ def main() -> None:
         if arguments.sampled:
             seeds = [FIRST_SAMPLED + SCENES_PER_TASK * number + k for k in range(count)]
         for seed in seeds:
-            success, steps = rollout(world, seed, STEP_LIMITS[suite], arguments.noise)
+            how = {"noise": arguments.noise, "unsure": arguments.unsure}
+            success, steps = rollout(world, seed, STEP_LIMITS[suite], **how)
             results.append(success)
-            row = {"suite": suite, "task": world.task.name, "seed": seed, "noise": arguments.noise}
+            row = {"suite": suite, "task": world.task.name, "seed": seed, **how}
             print(json.dumps({**row, "success": success, "steps": steps}), flush=True)
         _report(world.task.name, results[-count:])
     _report(suite, results)
