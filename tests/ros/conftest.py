@@ -30,7 +30,7 @@ else:
     from tests.ros.policy_robot import Robot, numbers, parameters
 
 BIN = Path(sys.executable).parent
-DISCOVERY_TIME = 20.0
+DISCOVERY_TIME = 60.0
 """How long processes may take to start and to find each other on a busy machine, in s."""
 
 

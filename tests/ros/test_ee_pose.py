@@ -95,6 +95,6 @@ def test_poses_come_from_tf_with_the_stamp_at_which_all_of_it_is_known(ros, star
 
 def test_a_source_of_poses_that_there_is_not_is_one_line(start):
     node = start("ee_pose_node", {"source": "camera"})
-    assert node.wait(30.0) == 2
+    assert node.wait(90.0) == 2
     line = "ee_pose_node: parameter source is 'camera'; it must be joint_states or tf"
     assert node.output.strip().splitlines()[-1] == line

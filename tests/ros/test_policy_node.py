@@ -323,14 +323,14 @@ def test_with_autostart_a_bundle_without_a_file_ends_the_node(start, bundles, tm
     shutil.copytree(bundles["original"].path, bundle)
     (bundle / "model.safetensors").unlink()
     node = start("policy_node", parameters({}, policies=f"[original={bundle}]"))
-    assert node.wait(30.0) == 2
+    assert node.wait(90.0) == 2
     (line,) = node.output.splitlines()
     assert f"{bundle}/model.safetensors is missing; the bundle is incomplete" in line
 
 
 def test_equal_gripper_positions_are_refused_in_one_line(start, bundles):
     node = start("policy_node", parameters(bundles, gripper_open="0.0"))
-    assert node.wait(30.0) == 2
+    assert node.wait(90.0) == 2
     said = "policy_node: gripper_open and gripper_closed are both 0: they must differ"
     assert node.output.splitlines() == [said]
 

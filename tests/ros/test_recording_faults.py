@@ -426,6 +426,6 @@ def test_a_node_that_cannot_be_secured_as_it_is_told_does_not_run(start, tmp_pat
     with enclaves(tmp_path) as environment:
         for executable in ("recorder_node", "command_guard_node"):
             process = start(executable, environment=environment)
-            assert process.wait(30.0) == 2
+            assert process.wait(90.0) == 2
             assert "Traceback" not in process.output
             assert f"{executable}: error creating node" in process.output

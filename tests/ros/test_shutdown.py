@@ -81,5 +81,5 @@ def test_a_deadlock_in_the_middleware_cannot_keep_a_process(ending):
 
 def test_a_users_mistake_found_while_running_is_one_line(ending):
     process = ending("Mistaken")
-    assert process.wait(30.0) == 2
+    assert process.wait(90.0) == 2
     assert process.output.splitlines() == ["-c: there is no GPU", "left"]
