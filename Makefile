@@ -9,20 +9,15 @@ INTERFACES := $(wildcard msg/*.msg srv/*.srv action/*.action scripts/tf2_message
 TIMED := tests/ros tests/rollouts
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test test-timed test-rest lint env clean
+.PHONY: demo test lint env clean
 
 demo: env
 	$(BIN)/rlrc demo --out runs/demo
 
 test: env $(VENV)/.libero lint
-	@# What only computes leaves the processor to what keeps time, whenever that wants it.
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync test-timed test-rest
-
-test-timed:
+	@# What keeps time is tested with nothing beside it.
 	$(BIN)/python -m pytest $(TIMED)
-
-test-rest:
-	nice -n 19 $(BIN)/python -m pytest $(TIMED:%=--ignore=%) --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(TIMED:%=--ignore=%) --numprocesses 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

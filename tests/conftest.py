@@ -33,7 +33,7 @@ from rlrc_ros.vla.policy import build_model
 from rlrc_ros.vla.processor import Observation, word_tokenizer
 
 torch.set_num_threads(1)
-# What only computes is tested at a low priority, beside nodes that keep time (Makefile).
+# How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 # ROS's launch, which its pytest plugins import, makes loggers that pytest's caplog does not hear.

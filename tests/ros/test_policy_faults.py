@@ -195,12 +195,12 @@ def test_a_policy_that_takes_the_end_effectors_pose_acts_on_a_good_one_alone(rob
 
 
 def test_a_flood_of_goals_disturbs_neither_the_episode_nor_the_node(robot):
-    episode_id, handle = robot.send(seconds=4.0)
+    episode_id, handle = robot.send(seconds=8.0)
     robot.acts(episode_id)
     futures = []
     for _ in range(50):
         futures += [robot.ask() for _ in range(20)]
-        robot.ros.spin(0.02)  # sensors and guard are this process's too
+        robot.ros.spin(0.1)  # sensors and guard are this process's too
     # DDS keeps ten requests of a service: the others are lost on the way.
     assert robot.ros.until(lambda: any(future.done() for future in futures))
     _, result = robot.result(handle)

@@ -303,8 +303,10 @@ def test_without_autostart_it_waits_to_be_told(own_robot, bundles, tmp_path):
     said.clear()
     assert robot.change(Transition.TRANSITION_CONFIGURE) and robot.state() == "inactive"
 
-    def steps():  # they may come later than the answer
-        return [status.message for _, message in said for status in message.status][:2]
+    def steps():  # they may come later than the answer, and from others too
+        statuses = [status for _, message in said for status in message.status]
+        mine = robot.ros.node.get_namespace().strip("/")
+        return [status.message for status in statuses if status.name.startswith(mine)][:2]
 
     assert robot.ros.until(lambda: len(steps()) == 2)
     assert steps() == ["loading original, 1 of 1", f"warming up {bundle}"]

@@ -57,9 +57,9 @@ def test_the_arm_stops_when_the_policy_node_is_killed(start, bundles, profile, t
 
         assert ros.until(begin)
         assert ros.until(lambda: any(twist_array(m.twist).any() for _, m in twists))
-        before = states[-1][1]
         commands.clear()
         assert ros.until(lambda: commands)
+        before = states[-1][1]
         processes["policy_node"].send(signal.SIGKILL)
         processes["policy_node"].wait()
 
