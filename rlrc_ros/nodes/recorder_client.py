@@ -45,13 +45,13 @@ class RecorderClient:
         self._episode_id = ""
         """Of the recording that goes on; empty where none does."""
         self._heard = 0.0
-        self._patience, self._most_patience = PATIENCE, PATIENCE
+        self._patience = self._most_patience = PATIENCE
         node.create_subscription(RecorderStatus, "recorder/status", self._on_status, 10)
         node.create_timer(0.5, self._watch, clock=common.STEADY_CLOCK)
 
     def hurry(self, patience: float) -> None:
         """The process is about to end: no answer is waited for any longer than so many s."""
-        self._most_patience = patience
+        self._patience = self._most_patience = patience
 
     def _on_status(self, status: RecorderStatus) -> None:
         if self._episode_id and status.episode_id == self._episode_id:
@@ -74,7 +74,7 @@ class RecorderClient:
         Raises:
             UserError: the recorder is missing, silent or refuses.
         """
-        self._patience = PATIENCE
+        self._patience = self._most_patience
         self._attended.publish(String(data=request.episode_id))
         request.attended_on = self._attended.topic_name
         response = await self._ask(self._start, request, ASKING_AGAIN)
@@ -103,19 +103,15 @@ class RecorderClient:
         answers: list[Any] = []
         began = time.monotonic()
 
-        def patience() -> float:
-            return min(self._patience, self._most_patience)
+        def late() -> bool:  # sooner than was meant, where the process is told to end meanwhile
+            return time.monotonic() - began >= self._patience
 
-        def over() -> bool:
-            late = time.monotonic() - began >= patience()
-            return late or any(future.done() for future in asked)
-
-        while not answers and time.monotonic() - began < patience():
+        while not answers and not late():
             asked.append(client.call_async(request))
-            await common.until(self._node, over, again)
+            await common.until(self._node, lambda: late() or any(f.done() for f in asked), again)
             answers = [future.result() for future in asked if future.done()]
         for future in asked:
             future.cancel()
         if not answers:
-            raise UserError(f"{client.srv_name} did not answer within {patience():g} s")
+            raise UserError(f"{client.srv_name} did not answer within {self._patience:g} s")
         return answers[0]

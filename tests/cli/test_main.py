@@ -30,7 +30,7 @@ for words in ([], *([verb] for verb in {VERBS!r})):
 slow = {{"torch", "rclpy", "mujoco", "transformers", "matplotlib"}} & set(sys.modules)
 sys.exit(f"imported: {{slow}}" if slow else 0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for verb in VERBS:
         assert f"\n    {verb} " in done.stdout
@@ -63,7 +63,7 @@ def test_a_wrong_command_line_is_one_line(refused, words, message):
 
 def test_the_executable_says_one_line_and_exits_2(tmp_path):
     done = subprocess.run(
-        [RLRC, "inspect", tmp_path / "nothing"], capture_output=True, text=True, timeout=600
+        [RLRC, "inspect", tmp_path / "nothing"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "no such bundle directory" in done.stderr
@@ -71,7 +71,7 @@ def test_the_executable_says_one_line_and_exits_2(tmp_path):
 
 def test_a_reader_that_has_seen_enough_is_no_error(policies):
     command = f"{RLRC} inspect {policies / 'tabletop-original'} | head -n 0"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
 
 

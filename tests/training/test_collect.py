@@ -77,6 +77,6 @@ def test_the_command_line_records(tmp_path):
         "--episodes",
         "1",
     ]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, timeout=600)
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     assert len(read(tmp_path).episodes) == 1

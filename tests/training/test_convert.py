@@ -100,7 +100,7 @@ def test_no_hdf5_at_all_is_one_line(tmp_path, demo):
     file.write_text("notes")
     config = "config/training/tiny.yaml"
     words = ["-m", "training.data.convert", file, "--out", tmp_path / "out", "--config", config]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, timeout=600)
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, timeout=120)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     assert f"{file}: not a file of LIBERO's".encode() in done.stderr
     assert not (tmp_path / "out").exists()

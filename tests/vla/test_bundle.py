@@ -177,5 +177,5 @@ load_policy({str(path)!r}).warm_up()
 heavy = {{"training", "stable_baselines3", "torch_pruning", "mujoco", "gymnasium", "rclpy"}}
 sys.exit(f"imported: {{heavy & set(sys.modules)}}" if heavy & set(sys.modules) else 0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
