@@ -101,6 +101,15 @@ def leave_ctrl_c_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def render_on(number: int) -> None:
+    """Let a worker process draw on one of the GPUs: the workers take turns with them.
+
+    Nothing happens with one GPU, or where MUJOCO_EGL_DEVICE_ID says which.
+    """
+    if (gpus := torch.cuda.device_count()) > 1:
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(number % gpus))
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device of that name; without one, the GPU if there is one.
 

@@ -92,6 +92,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JumpsConfig:
+    """Things that are elsewhere all of a sudden, while the hand is away from them.
+
+    An episode then shows several arrangements, and a policy must look where things are instead of
+    going where they mostly are.
+    """
+
+    share: float
+    """Probability that there is one in a control step."""
+    distance: float
+    """Standard deviation of how far, m along each horizontal axis."""
+
+    def __post_init__(self) -> None:
+        _check("jumps", self, positive="share distance")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemonstrationsConfig:
     """Episodes of the scripted expert, disturbed on the way so that recoveries are seen too.
 
@@ -120,6 +137,8 @@ class DemonstrationsConfig:
     """
     latency: tuple[float, float] = (0.0, 0.08)
     """s; how late commands take effect, drawn for each step."""
+    jumps: JumpsConfig | None = None
+    """Of LIBERO's things (default: none)."""
 
     def __post_init__(self) -> None:
         noise = "disturbed_share translation_noise rotation_noise gripper_flips"
@@ -139,9 +158,19 @@ class CorrectionsConfig:
     first_seed: int
     max_steps: int = 60
     """Control steps after which an episode ends: a policy that is lost shows little more."""
+    takeover: tuple[int, int] | None = None
+    """Control steps after which the expert acts too, drawn for each episode (default: never).
+
+    Then only successes are kept: from what the policy gets into, the way out is shown as well.
+    """
 
     def __post_init__(self) -> None:
         _check("corrections", self, positive="episodes max_steps", natural="at_step first_seed")
+        if self.takeover and not 0 <= self.takeover[0] <= self.takeover[1] < self.max_steps:
+            raise UserError(
+                f"corrections: 'takeover' is {list(self.takeover)}, and must rise from 0 or more "
+                f"to less than 'max_steps', {self.max_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +509,8 @@ class CompressConfig:
             )
         if self.environment != "tabletop":
             self._check_libero()
+        elif self.demonstrations.jumps:
+            raise UserError("demonstrations: 'jumps' are of LIBERO's things; leave it out")
 
     def _check_libero(self) -> None:
         """Keep to the published protocol, and its initial states to the evaluation."""

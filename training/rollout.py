@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +181,16 @@ class Step:
     infos: dict[int, dict[str, Any]]
 
 
-def roll(actor: Actor, venv: Environments | InProcess, seeds: Sequence[int]) -> Iterator[Step]:
+Instead = Callable[[int, dict[str, Any]], "NDArray[np.float64] | None"]
+"""What an environment does instead of what the policy would, from its infos; None: nothing else."""
+
+
+def roll(
+    actor: Actor,
+    venv: Environments | InProcess,
+    seeds: Sequence[int],
+    instead: Instead | None = None,
+) -> Iterator[Step]:
     """Act until every scene has had its episode; closes the environments at the end.
 
     Who takes long to answer is not waited for, since a reset takes as long as ten steps or more:
@@ -203,7 +212,11 @@ def roll(actor: Actor, venv: Environments | InProcess, seeds: Sequence[int]) -> 
         acting = [i for i, info in enumerate(told) if not info["exhausted"]]
         while acting or stepping:
             if acting:
-                venv.begin(acting, actor.act(observation)[acting])
+                actions = actor.act(observation)
+                for i in acting:
+                    other = instead(i, told[i]) if instead else None
+                    actions[i] = actions[i] if other is None else other
+                venv.begin(acting, actions[acting])
                 stepping.update(acting)
             answers = venv.answers(stepping, max(1, venv.num_envs // 4))
             stepping -= answers.keys()

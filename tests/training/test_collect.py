@@ -66,6 +66,35 @@ def test_corrections_record_where_the_policy_went(tmp_path, trainable):
     assert len(data) == sum(facts["steps"] for facts in data.episodes)
 
 
+def test_the_expert_takes_over_and_shows_the_way_out(tmp_path, trainable):
+    policy = trainable(image_size=128)
+    from rlrc_ros.sim.tasks import VOCABULARY
+    from rlrc_ros.vla.processor import Processor, word_tokenizer
+
+    words = word_tokenizer([*VOCABULARY, "in", ":", "out"])
+    processor = Processor(policy.config, words)
+    actor = Actor(policy.model, processor, policy.codec, torch.device("cpu"), 2)
+    wanted = {"at_step": 0, "episodes": 4, "first_seed": 40, "max_steps": 120}
+    alone = tmp_path / "alone"
+    assert collect_corrections(alone, actor, CorrectionsConfig(**wanted), (0.0, 0.0)) == 0
+    config = CorrectionsConfig(**wanted, takeover=(3, 9))
+    assert collect_corrections(tmp_path / "out", actor, config, (0.0, 0.0)) == 0
+    lost, data = read(alone), read(tmp_path / "out")
+    assert data.episodes and all(facts["success"] for facts in data.episodes)
+    # The first steps are the policy's, the ones after that are not.
+    first, rescued = beginnings(lost), beginnings(data)
+    for seed in rescued:
+        same = first[seed] == rescued[seed]
+        assert same[:4].all() and not same.all()
+
+
+def beginnings(data, steps=12):
+    """The proprioception of every episode's first steps."""
+    starts = np.cumsum([0, *(facts["steps"] for facts in data.episodes)])[:-1]
+    told = zip(data.episodes, starts, strict=True)
+    return {facts["seed"]: data.proprioception[i : i + steps] for facts, i in told}
+
+
 def test_the_command_line_records(tmp_path):
     words = [
         "-m",

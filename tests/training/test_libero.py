@@ -73,6 +73,15 @@ def test_the_shipped_configuration_keeps_the_benchmarks_scenes_for_evaluation():
         ("demonstrations", {"latency": [0.0, 0.08]}, "set 'latency' to [0, 0]"),
         ("demonstrations", {"vary_view": True}, "'vary_view' to false"),
         ("evaluate", {"first_seed": 1}, "has 1000 scenes"),
+        (
+            "sft",
+            {
+                "corrections": [
+                    {"at_step": 1, "episodes": 1, "first_seed": 9999, "takeover": [9, 60]}
+                ]
+            },
+            "'takeover' is [9, 60], and must rise from 0 or more to less than 'max_steps', 60",
+        ),
     ],
 )
 def test_a_configuration_that_strays_from_the_protocol_is_refused(tmp_path, section, change, told):
@@ -80,6 +89,14 @@ def test_a_configuration_that_strays_from_the_protocol_is_refused(tmp_path, sect
     config[section] |= change
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=re.escape(told)):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_nothing_jumps_on_the_tabletop(tmp_path):
+    config = yaml.safe_load((CONFIGS / "tabletop.yaml").read_text())
+    config["demonstrations"]["jumps"] = {"share": 0.1, "distance": 0.02}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="'jumps' are of LIBERO's things"):
         load_config(tmp_path / "run.yaml")
 
 
@@ -215,6 +232,50 @@ class TestWithTheExtra:
             if world.success():
                 break
         assert world.success()
+
+    def test_what_the_expert_says_of_the_fingers_does_not_flicker(self):
+        """Whoever sees the same twice and is told two things learns to do neither."""
+        from training.envs.libero_expert import Expert
+
+        world = libero.World("libero_spatial", 5)
+        world.reset(9_000_501)
+        expert, told = Expert(world), []
+        while not world.success():
+            action = expert.action()
+            told.append(action[6])
+            assert len(told) < 150
+            world.step(action)
+        assert np.abs(np.diff(told)).sum() <= 2  # closed once, opened once
+        off = world.position(world.goal[0]) - world.position(world.goal[1])
+        assert np.hypot(*off[:2]) < 0.01
+
+    def test_things_jump_where_there_is_room_and_no_hand(self, world):
+        rng = np.random.default_rng(0)
+        world.reset(1_000_110)
+        thing, place = (world.position(name) for name in world.goal)
+        far = [world.displace(rng, 0.15) for _ in range(40)]
+        assert any(far) and not all(far)  # some would have been in another thing
+        assert -world.data.contact.dist.min() < 0.01
+        world.reset(1_000_110)
+        jumps = sum(world.displace(rng, 0.02) for _ in range(20))
+        moved = [
+            np.hypot(*(world.position(n) - at)[:2])
+            for n, at in zip(world.goal, (thing, place), strict=True)
+        ]
+        assert jumps >= 5 and 0.005 < max(moved) < 0.3
+        for _ in range(10):
+            world.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
+        for name, at in zip(world.goal, (thing, place), strict=True):  # stands as it stood
+            assert abs(world.position(name)[2] - at[2]) < 0.01
+        hand = world.data.site_xpos[world.robot.eef_site_id]
+        joint = world.model.body_jntadr[world.env.obj_body_id[world.goal[0]]]
+        start = world.model.jnt_qposadr[joint]
+        world.data.qpos[start : start + 3] = hand
+        world.env.sim.forward()
+        before = world.position(world.goal[0])
+        for _ in range(10):
+            world.displace(rng, 0.02)
+        np.testing.assert_array_equal(world.position(world.goal[0]), before)
 
     def test_where_there_is_no_expert_it_says_so(self):
         from training.envs.libero_expert import Expert

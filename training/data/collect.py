@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rlrc_ros.errors import UserError
-from training.common import cpu_count, parallel_map
+from training.common import cpu_count, parallel_map, render_on
 from training.config import CorrectionsConfig, DemonstrationsConfig, load_config
 from training.data.demonstrations import (
     EPISODES_PER_SHARD,
@@ -50,8 +50,8 @@ def collect_demonstrations(
     chunks = [seeds[i : i + EPISODES_PER_SHARD] for i in range(0, len(seeds), EPISODES_PER_SHARD)]
     paths = [out / f"shard-{i:05d}.safetensors" for i in range(len(chunks))]
     jobs = [
-        (path, chunk, config, environment, image_size)
-        for path, chunk in zip(paths, chunks, strict=True)
+        (i, path, chunk, config, environment, image_size)
+        for i, (path, chunk) in enumerate(zip(paths, chunks, strict=True))
         if not path.exists()
     ]
     with tqdm(
@@ -61,8 +61,9 @@ def collect_demonstrations(
             bar.update()
 
 
-def _record_shard(job: tuple[Path, Sequence[int], DemonstrationsConfig, str, int]) -> None:
-    path, seeds, config, environment, size = job
+def _record_shard(job: tuple[int, Path, Sequence[int], DemonstrationsConfig, str, int]) -> None:
+    number, path, seeds, config, environment, size = job
+    render_on(number)
     env = make_environment(environment, [], latency=config.latency, label=True, image_size=size)
     try:
         episodes = [_record_episode(env, seed, config) for seed in seeds]
@@ -90,6 +91,8 @@ def _record_episode(env: Any, seed: int, config: DemonstrationsConfig) -> Episod
         recording.add(told["png"], observation["proprioception"], label, told["grounding"])
         if config.vary_view:
             env.world.change_view(rng)
+        if config.jumps and rng.random() < config.jumps.share:
+            env.world.displace(rng, config.jumps.distance)
         action = _disturb(label, strength, config, rng)
         observation, _, success, truncated, told = env.step(action)
         ended = success or truncated
@@ -119,6 +122,9 @@ class _Recording:
         self._images: list[bytes] = []
         self._steps: list[tuple[NDArray[np.floating], ...]] = []
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def add(
         self,
         png: bytes,
@@ -144,7 +150,10 @@ def collect_corrections(
 ) -> float:
     """Let a policy act greedily and record what the expert would have done in every state.
 
-    Returns the policy's success rate over these episodes.
+    Returns how many of the episodes the policy brought to success by itself, as a share.
+
+    Raises:
+        UserError: the expert, who was to take over, solved none of the scenes.
     """
     venv = make_vector(
         none_yet,
@@ -156,10 +165,21 @@ def collect_corrections(
         max_steps=config.max_steps,
     )
     finished: list[Episode] = []
+    alone: list[bool] = []
     recordings = [_Recording() for _ in range(actor.environments)]
+
+    def patience(seed: int) -> int:
+        """Control steps before the expert takes over."""
+        first, last = config.takeover or (config.max_steps, config.max_steps)
+        return int(np.random.default_rng([seed, 13]).integers(first, last, endpoint=True))
+
+    def instead(environment: int, told: dict[str, Any]) -> NDArray[np.float64] | None:
+        over = len(recordings[environment]) >= patience(told["seed"])
+        return told["expert_action"] if over else None
+
     with tqdm(total=config.episodes, desc="corrections", unit="episode") as bar:
         seeds = training_scenes(environment, config.first_seed, config.episodes)
-        for step in roll(actor, venv, seeds):
+        for step in roll(actor, venv, seeds, instead if config.takeover else None):
             for i in step.which:
                 told, proprioception = step.told[i], step.observation["proprioception"][i].copy()
                 label, grounding = told["expert_action"], told["grounding"]
@@ -167,17 +187,24 @@ def collect_corrections(
             for i in step.ended:
                 told = step.infos[i]
                 facts = {key: told[key] for key in ("seed", "family", "instruction", "success")}
-                finished.append(recordings[i].episode(**facts, source="corrections"))
+                alone.append(told["success"] and len(recordings[i]) <= patience(told["seed"]))
+                if told["success"] or not config.takeover:
+                    finished.append(recordings[i].episode(**facts, source="corrections"))
                 recordings[i] = _Recording()
                 bar.update()
-                bar.set_postfix(success=f"{np.mean([e.facts['success'] for e in finished]):.3f}")
+                bar.set_postfix(success=f"{np.mean(alone):.3f}")
+    if not finished:
+        raise UserError(
+            f"{environment}: no correction succeeded, though the expert took over; give it more "
+            "time ('max_steps'), or let it take over earlier ('takeover')"
+        )
     finished.sort(key=lambda episode: episode.facts["seed"])  # not who was done first
     unfinished = out.with_name(f"{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     write_shards(unfinished, finished)
     unfinished.rename(out)
-    return float(np.mean([episode.facts["success"] for episode in finished]))
+    return float(np.mean(alone))
 
 
 def main() -> None:

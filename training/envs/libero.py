@@ -44,6 +44,8 @@ SETTLING_STEPS = 10
 ARM_NOISE = 0.02
 """Standard deviation of a sampled scene's joint positions, rad: robosuite's default."""
 CONTROL_RATE = 20
+HAND_ROOM = 0.14
+"""Metres from the grip site, within which nothing is displaced: the hand may touch it."""
 FINGER_STROKE = 0.04
 """Metres that one finger moves."""
 
@@ -252,6 +254,36 @@ class World:
     def position(self, name: str) -> NDArray[np.float64]:
         """(3,) of an object's body, m in the world's frame."""
         return np.array(self.data.xpos[self.env.obj_body_id[name]])
+
+    def displace(self, rng: np.random.Generator, spread: float) -> bool:
+        """Put the thing to move, or the place for it, somewhere near, as long as the hand is not.
+
+        Returns whether it stands there: not where it would be in something else.
+
+        spread: standard deviation along each horizontal axis, m.
+        """
+        body = self.env.obj_body_id[self.goal[rng.integers(2)]]
+        shift = rng.normal(0, spread, 2)
+        joint = self.model.body_jntadr[body]
+        hand = self.data.site_xpos[self.robot.eef_site_id]
+        near = np.linalg.norm(hand - self.data.xpos[body]) < HAND_ROOM
+        if near or joint < 0 or self.model.jnt_type[joint] != mujoco.mjtJoint.mjJNT_FREE:
+            return False
+        start = self.model.jnt_qposadr[joint]
+        before, pressed = self.data.qpos[start : start + 2].copy(), self._pressed(body)
+        self.data.qpos[start : start + 2] += shift
+        self.env.sim.forward()
+        stands = self._pressed(body) < pressed + 0.001
+        if not stands:
+            self.data.qpos[start : start + 2] = before
+            self.env.sim.forward()
+        return stands
+
+    def _pressed(self, body: int) -> float:
+        """How deep a body is in others, m."""
+        contacts, geoms = self.data.contact, self.model.geom_bodyid
+        mine = (self.model.body_rootid[geoms[contacts.geom]] == body).any(1)
+        return float(-contacts.dist[mine].min(initial=0.0))
 
     def render(self) -> NDArray[np.uint8]:
         """(image_size, image_size, 3) RGB of `agentview`, as the published evaluation shows it.

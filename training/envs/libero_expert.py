@@ -29,6 +29,7 @@ FIRST_SAMPLED = 9_000_000  # what `--sampled` begins with
 GAIN = 1.6  # of the remaining error, per control step: the controller goes about half the way
 MAX_STEP = 0.05  # metres a control step
 CAREFUL = 0.025  # metres a control step, where the fingers are about to close, or to let go
+GENTLE = 0.010  # metres a control step, where a thing is set down: time to get over the place
 SLOPE = 2.5  # metres of height per metre still to go sideways
 CLEARANCE = 0.03  # metres between what passes over and what stands
 TIPS = 0.012  # metres from the grip site down to the fingertips
@@ -41,6 +42,7 @@ RIM_DEPTH = 0.012  # metres that the grip site goes below a rim
 RIM_INSET = 0.004  # metres from the outermost of a rim to the middle of the wall there
 STILL = 0.03  # m/s; slower than that, closing fingers have met something
 EMPTY = 0.012  # gripper opening below which nothing is between the fingers
+PLACED = 0.025  # metres off the place within which it is let go: 0.030 is what counts
 AT_PLACE = 0.012  # metres off the place within which it is lowered
 WHOLE_SLACK = (0.008, 0.010)  # metres off, across and along the fingers, at which they may close
 RIM_SLACK = (0.016, 0.012)
@@ -107,9 +109,16 @@ class Expert:
     def action(self) -> NDArray[np.float64]:
         """(7,), as `World.step` takes it."""
         self._see()
-        if self._holding():
-            return self._carry()
-        return self._take()
+        way, over = self._to_place()
+        off = float(np.hypot(*way[:2]))
+        if off < PLACED and way[2] > -0.008:
+            # Whatever the fingers do by now: who only sees them must not have to guess.
+            return self._move(np.zeros(3), 0.0, 1.0, CAREFUL)
+        if not self._holding():
+            return self._take()
+        if off < AT_PLACE and way[2] > -0.03:
+            return self._move(way, 0.0, 0.0, GENTLE)
+        return self._over_and_down(self._here + way, max(off - AT_PLACE, 0), over, 0.0, 0.0)
 
     def _see(self) -> None:
         """What is where."""
@@ -255,27 +264,25 @@ class Expert:
         off = np.hypot(max(across - wide / 2, 0), max(along - deep / 2, 0)) + 0.06 * abs(turn)
         off += 0.10 * float(np.clip(0.9 - self._opening, 0, 1))
         height = max(self._top(self._here, goal, 0.08), self._shape[:, 2].max()) + CLEARANCE + TIPS
-        return self._over_and_down(goal, off, height, turn, 1.0)
+        # Fingers that have closed on nothing open above: down here they would close again.
+        missed = self._opening < EMPTY and max(across, along) < 0.045 and up < 0.025
+        return self._over_and_down(goal, off, height, turn, 0.0 if missed else 1.0)
 
     # Placing
 
-    def _carry(self) -> Floats:
+    def _to_place(self) -> tuple[Floats, float]:
+        """How far the hand must go for the thing to be set down, and the height to pass over."""
         place = self._data.xpos[self._place]
         target = self._under.seen(self._data)
-        way = np.append(place[:2] - self._at[:2], 0.0)
-        off = float(np.hypot(*way[:2]))
         low, rim = float(self._shape[:, 2].min()), float(target[:, 2].max())
         size = np.linalg.norm(self._shape[:, :2] - self._at[:2], axis=1).max()
         top = max(self._top(self._at, place, float(size) + 0.02), rim)
-        over = top + CLEARANCE + self._here[2] - low
+        down = target[:, 2].min() - low
         if self._inside:  # as deep as the hand may go
-            down = max(self._here[2] + target[:, 2].min() + 0.015 - low, rim - 0.01)
+            down = max(down + 0.015, rim - 0.01 - self._here[2])
         else:
-            down = self._here[2] + target[:, 2].min() + 0.004 - low
-        goal = np.append(self._here[:2] + way[:2], down)
-        if off < 0.025 and self._here[2] - down < 0.008:
-            return self._move(np.zeros(3), 0.0, 1.0, CAREFUL)
-        return self._over_and_down(goal, max(off - AT_PLACE, 0), over, 0.0, 0.0)
+            down += 0.004
+        return np.append(place[:2] - self._at[:2], down), top + CLEARANCE + self._here[2] - low
 
     def _top(self, start: Floats, end: Floats, wide: float) -> float:
         """Height of the highest that stands within `wide` m of a way, m."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from training.common import fork_server, leave_ctrl_c_to_parent
+from training.common import fork_server, leave_ctrl_c_to_parent, render_on
 from training.envs.registry import make_environment
 
 
@@ -146,7 +146,8 @@ def make_vector(
     if environments == 1:
         return InProcess(makers)  # type: ignore[arg-type]
     fork_server()
-    return Environments([partial(_in_worker, make) for make in makers], start_method="forkserver")
+    workers = [partial(_in_worker, i, make) for i, make in enumerate(makers)]
+    return Environments(workers, start_method="forkserver")  # type: ignore[arg-type]
 
 
 def _made(wrap: Callable[[Env], Env] | None, *arguments: Any, **kwargs: Any) -> Env:
@@ -178,6 +179,7 @@ class Scenes:
         return [longest.pop()] if longest else []
 
 
-def _in_worker(make: Callable[[], Env]) -> Env:
+def _in_worker(number: int, make: Callable[[], Env]) -> Env:
     leave_ctrl_c_to_parent()
+    render_on(number)
     return make()
