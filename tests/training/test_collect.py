@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
+from training.common import render_on
 from training.config import CorrectionsConfig, load_config
 from training.data.collect import collect_corrections, collect_demonstrations
 from training.data.demonstrations import read
@@ -29,6 +31,19 @@ def test_demonstrations_are_successes_and_labelled_by_the_expert(tmp_path):
     np.testing.assert_allclose(data.actions[0], expert_action(env.world), atol=1e-7)
     np.testing.assert_allclose(data.grounding[0], env.world.grounding(), atol=1e-6)
     assert data.instructions[data.prompts[0]] == env.world.scene.instruction == first["instruction"]
+
+
+def test_workers_draw_on_the_gpus_in_turn(monkeypatch):
+    def chosen(number, gpus):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        render_on(number)
+        return os.environ.get("MUJOCO_EGL_DEVICE_ID")
+
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "")  # so that it is put back afterwards
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
+    assert chosen(5, 0) is None and chosen(5, 1) is None
+    assert chosen(5, 4) == "1"
+    assert chosen(2, 4) == "1"  # somebody has said which
 
 
 def test_recording_again_changes_nothing(tmp_path):

@@ -43,7 +43,8 @@ RIM_INSET = 0.004  # metres from the outermost of a rim to the middle of the wal
 STILL = 0.03  # m/s; slower than that, closing fingers have met something
 EMPTY = 0.012  # gripper opening below which nothing is between the fingers
 PLACED = 0.025  # metres off the place within which it is let go: 0.030 is what counts
-AT_PLACE = 0.012  # metres off the place within which it is lowered
+DROP = 0.012  # metres above the place, from where it is let go: a straight arm gets no lower
+AT_PLACE = 0.016  # metres off the place within which it is lowered
 WHOLE_SLACK = (0.008, 0.010)  # metres off, across and along the fingers, at which they may close
 RIM_SLACK = (0.016, 0.012)
 GUESSES = 7  # of where a thing is, that an unsure student has
@@ -111,7 +112,7 @@ class Expert:
         self._see()
         way, over = self._to_place()
         off = float(np.hypot(*way[:2]))
-        if off < PLACED and way[2] > -0.008:
+        if off < PLACED and way[2] > -DROP:
             # Whatever the fingers do by now: who only sees them must not have to guess.
             return self._move(np.zeros(3), 0.0, 1.0, CAREFUL)
         if not self._holding():

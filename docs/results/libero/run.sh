@@ -1,7 +1,7 @@
 # The original and the recovered policy, each over all 1,000 scenes, and PPO of seeds 0 and 2; what has been made is not made
 # again. A second GPU, where there is one, evaluates while the first one trains.
 #
-#     bash docs/results/libero/original.sh runs/libero
+#     bash docs/results/libero/run.sh runs/libero
 set -eu
 out=$1
 both=libero_object+libero_spatial
