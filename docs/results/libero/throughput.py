@@ -1,5 +1,7 @@
 """Environment steps per second of a LIBERO suite, rendered, by the number of processes.
 
+And what a step is made of where there is one process: physics with its controller, and the picture.
+
 python docs/results/libero/throughput.py libero_object --processes 1 8 16 > throughput.json
 """
 
@@ -7,10 +9,11 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 
 import numpy as np
 
-from training.envs.registry import ENVIRONMENTS
+from training.envs.registry import ENVIRONMENTS, make_environment
 from training.envs.vector import make_vector
 
 FIRST = 9_000_000  # sampled scenes, 100 in a row of one task
@@ -36,6 +39,21 @@ def measure(suite, count, size, steps):
     return {"processes": count, "steps_per_s": count * steps / seconds, "start_s": ready - began}
 
 
+def parts(suite, size, steps):
+    env = make_environment(suite, [FIRST], image_size=size)
+    env.reset()
+    rng, spent = np.random.default_rng(0), np.zeros(2)
+    for _ in range(steps):
+        action = rng.uniform(env.action_space.low, env.action_space.high)
+        times = [time.perf_counter()]
+        for part in (partial(env.world.step, action), env.world.render):
+            part()
+            times.append(time.perf_counter())
+        spent += 1e3 * np.diff(times) / steps
+    env.close()
+    return dict(zip(("physics_ms", "picture_ms"), spent.tolist(), strict=True))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("suite", choices=ENVIRONMENTS)
@@ -43,7 +61,8 @@ if __name__ == "__main__":
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
-    rows = []
+    rows = [parts(arguments.suite, arguments.image_size, arguments.steps)]
+    print(rows[0], file=sys.stderr)
     for processes in arguments.processes:
         rows.append(measure(arguments.suite, processes, arguments.image_size, arguments.steps))
         print(rows[-1], file=sys.stderr)
