@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from rlrc_ros.sim.expert import expert_action
 from rlrc_ros.sim.tabletop import TabletopEnv
+from rlrc_ros.sim.tasks import VOCABULARY
+from rlrc_ros.vla.processor import Processor, word_tokenizer
 from training.common import render_on
 from training.config import CorrectionsConfig, load_config
 from training.data.collect import collect_corrections, collect_demonstrations
@@ -16,6 +19,16 @@ from training.data.demonstrations import read
 from training.rollout import Actor
 
 CONFIG = Path(__file__).parents[2] / "config" / "training" / "tiny.yaml"
+
+
+@pytest.fixture
+def actor(trainable):
+    """A random policy in two environments."""
+    policy = trainable(image_size=128)
+    # The test's words are not the simulator's: give the policy those.
+    words = word_tokenizer([*VOCABULARY, "in", ":", "out"])
+    processor = Processor(policy.config, words)
+    return Actor(policy.model, processor, policy.codec, torch.device("cpu"), 2)
 
 
 def test_demonstrations_are_successes_and_labelled_by_the_expert(tmp_path):
@@ -58,15 +71,7 @@ def test_recording_again_changes_nothing(tmp_path):
     assert shard.read_bytes() == content
 
 
-def test_corrections_record_where_the_policy_went(tmp_path, trainable):
-    policy = trainable(image_size=128)
-    device = torch.device("cpu")
-    # The test's words are not the simulator's: give the policy those.
-    from rlrc_ros.sim.tasks import VOCABULARY
-    from rlrc_ros.vla.processor import Processor, word_tokenizer
-
-    words = word_tokenizer([*VOCABULARY, "in", ":", "out"])
-    actor = Actor(policy.model, Processor(policy.config, words), policy.codec, device, 2)
+def test_corrections_record_where_the_policy_went(tmp_path, actor):
     wanted = CorrectionsConfig(at_step=0, episodes=3, first_seed=40, max_steps=50)
     rate = collect_corrections(tmp_path / "out", actor, wanted, (0.0, 0.0))
     data = read(tmp_path / "out")
@@ -81,14 +86,7 @@ def test_corrections_record_where_the_policy_went(tmp_path, trainable):
     assert len(data) == sum(facts["steps"] for facts in data.episodes)
 
 
-def test_the_expert_takes_over_and_shows_the_way_out(tmp_path, trainable):
-    policy = trainable(image_size=128)
-    from rlrc_ros.sim.tasks import VOCABULARY
-    from rlrc_ros.vla.processor import Processor, word_tokenizer
-
-    words = word_tokenizer([*VOCABULARY, "in", ":", "out"])
-    processor = Processor(policy.config, words)
-    actor = Actor(policy.model, processor, policy.codec, torch.device("cpu"), 2)
+def test_the_expert_takes_over_and_shows_the_way_out(tmp_path, actor):
     wanted = {"at_step": 0, "episodes": 4, "first_seed": 40, "max_steps": 120}
     alone = tmp_path / "alone"
     assert collect_corrections(alone, actor, CorrectionsConfig(**wanted), (0.0, 0.0)) == 0

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ def collect_corrections(
     alone: list[bool] = []
     recordings = [_Recording() for _ in range(actor.environments)]
 
+    @cache
     def patience(seed: int) -> int:
         """Control steps before the expert takes over."""
         first, last = config.takeover or (config.max_steps, config.max_steps)
@@ -179,7 +181,7 @@ def collect_corrections(
 
     with tqdm(total=config.episodes, desc="corrections", unit="episode") as bar:
         seeds = training_scenes(environment, config.first_seed, config.episodes)
-        for step in roll(actor, venv, seeds, instead if config.takeover else None):
+        for step in roll(actor, venv, seeds, instead):
             for i in step.which:
                 told, proprioception = step.told[i], step.observation["proprioception"][i].copy()
                 label, grounding = told["expert_action"], told["grounding"]

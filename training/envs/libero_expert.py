@@ -110,16 +110,11 @@ class Expert:
     def action(self) -> NDArray[np.float64]:
         """(7,), as `World.step` takes it."""
         self._see()
-        way, over = self._to_place()
-        off = float(np.hypot(*way[:2]))
-        if off < PLACED and way[2] > -DROP:
+        way = self._to_place()
+        if np.hypot(*way[:2]) < PLACED and way[2] > -DROP:
             # Whatever the fingers do by now: who only sees them must not have to guess.
             return self._move(np.zeros(3), 0.0, 1.0, CAREFUL)
-        if not self._holding():
-            return self._take()
-        if off < AT_PLACE and way[2] > -0.03:
-            return self._move(way, 0.0, 0.0, GENTLE)
-        return self._over_and_down(self._here + way, max(off - AT_PLACE, 0), over, 0.0, 0.0)
+        return self._carry(way) if self._holding() else self._take()
 
     def _see(self) -> None:
         """What is where."""
@@ -130,6 +125,7 @@ class Expert:
         self._at = data.xpos[self._thing].copy()
         self._turned = data.xmat[self._thing].reshape(3, 3).copy()
         self._shape, self._around = self._own.seen(data), self._others.seen(data)
+        self._target = self._under.seen(data)
 
     def _fingers(self) -> Floats:
         """(2,) horizontal unit vector from the left finger to the right one, y at home."""
@@ -271,19 +267,25 @@ class Expert:
 
     # Placing
 
-    def _to_place(self) -> tuple[Floats, float]:
-        """How far the hand must go for the thing to be set down, and the height to pass over."""
-        place = self._data.xpos[self._place]
-        target = self._under.seen(self._data)
-        low, rim = float(self._shape[:, 2].min()), float(target[:, 2].max())
-        size = np.linalg.norm(self._shape[:, :2] - self._at[:2], axis=1).max()
-        top = max(self._top(self._at, place, float(size) + 0.02), rim)
-        down = target[:, 2].min() - low
+    def _to_place(self) -> Floats:
+        """(3,) m: how far the hand must go for the thing to be set down."""
+        target = self._target
+        down = float(target[:, 2].min() - self._shape[:, 2].min())
         if self._inside:  # as deep as the hand may go
-            down = max(down + 0.015, rim - 0.01 - self._here[2])
+            down = max(down + 0.015, target[:, 2].max() - 0.01 - self._here[2])
         else:
             down += 0.004
-        return np.append(place[:2] - self._at[:2], down), top + CLEARANCE + self._here[2] - low
+        return np.append(self._data.xpos[self._place][:2] - self._at[:2], down)
+
+    def _carry(self, way: Floats) -> Floats:
+        off = float(np.hypot(*way[:2]))
+        if off < AT_PLACE and way[2] > -0.03:
+            return self._move(way, 0.0, 0.0, GENTLE)
+        size = np.linalg.norm(self._shape[:, :2] - self._at[:2], axis=1).max()
+        top = self._top(self._at, self._data.xpos[self._place], float(size) + 0.02)
+        over = max(top, self._target[:, 2].max()) + CLEARANCE
+        over += self._here[2] - self._shape[:, 2].min()
+        return self._over_and_down(self._here + way, max(off - AT_PLACE, 0), over, 0.0, 0.0)
 
     def _top(self, start: Floats, end: Floats, wide: float) -> float:
         """Height of the highest that stands within `wide` m of a way, m."""

@@ -10,39 +10,18 @@ import dataclasses
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from training import rl
 from training.bundles import load_trainable
-from training.common import fork_server, pick_device, seed_everything
+from training.common import pick_device, seed_everything
 from training.config import load_config
-from training.envs.registry import make_environment
-from training.envs.vector import Environments, _in_worker
 from training.sft import DemonstrationBatches
 
 BEGAN = time.monotonic()
-GPUS = int(os.environ.get("GPUS", "0"))
 LATENCY = (0.0, 0.04)  # s
-
-
-def on_gpu(number, make):
-    """An environment that renders on one GPU."""
-    if GPUS:
-        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(number % GPUS)
-    return _in_worker(make)
-
-
-def make_vector(seeds, environments, environment, **kwargs):
-    """As `training.envs.vector.make_vector`."""
-    fork_server()
-    makers = [
-        partial(on_gpu, i, partial(make_environment, environment, seeds(i, environments), **kwargs))
-        for i in range(environments)
-    ]
-    return Environments(makers, start_method="forkserver")
 
 
 class TimedPPO(rl.RecoveryPPO):
@@ -69,7 +48,7 @@ def main():
         first_seed=20_000_000,
     )
     TimedPPO.until = float(seconds)
-    rl.RecoveryPPO, rl.make_vector = TimedPPO, make_vector
+    rl.RecoveryPPO = TimedPPO
     device = pick_device(None)
     trainable = load_trainable(policy, device)
     batches = DemonstrationBatches(trainable.processor, trainable.codec, device)
