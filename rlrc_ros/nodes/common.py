@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import math
 import os
 import signal
 import sys
@@ -64,6 +66,9 @@ STEADY_CLOCK = Clock(clock_type=ClockType.STEADY_TIME)
 TEARDOWN_TIME = 5.0
 """s that destroying a node may take. Fast DDS can deadlock there: TCP channels of 3.2 do (see
 `rlrc_ros.bringup`)."""
+HANG_TIME = 60.0
+"""s that a callback may hold a node up; then its process is taken for hung, and ends. Fast DDS can
+deadlock where an endpoint is taken down just as a dead process's lease ends (its issue 6502)."""
 LINGER_TIME = 0.2
 """s for what was answered last to go out and to arrive, before a process ends."""
 
@@ -73,8 +78,9 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
 
     The signals do not shut the ROS context down, so that `before_shutdown` can still publish; no
     callback runs beside it, unless it spins `node.executor` itself. The process ends within
-    TEARDOWN_TIME after that, whatever the middleware does. A UserError of the node's is printed as
-    one line, with status 2.
+    TEARDOWN_TIME after that, whatever the middleware does. Where it hangs before, the process says
+    "Timeout" and where every thread stands, and ends after HANG_TIME, with status 1. A UserError of
+    the node's is printed as one line, with status 2.
     """
     stopping = False
 
@@ -103,8 +109,13 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
     # What exists by now stays: without it a collection stalls the timers for several ms.
     gc.collect()
     gc.freeze()
+    watched = -math.inf
     try:
         while not stopping:
+            if time.monotonic() - watched > HANG_TIME / 10:
+                # From a thread of its own, without the interpreter's lock.
+                faulthandler.dump_traceback_later(HANG_TIME, exit=True)
+                watched = time.monotonic()
             executor.spin_once(timeout_sec=0.1)
     except UserError as error:
         _say(error)
@@ -116,6 +127,7 @@ def run(make_node: Callable[[], N], before_shutdown: Callable[[N], None] | None 
         # holds the interpreter's lock, and no Python code would run.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, TEARDOWN_TIME)
+        faulthandler.cancel_dump_traceback_later()
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
@@ -149,12 +161,17 @@ def linger(node: Node) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Have SIGINT and SIGTERM end the process from within a long callback, cleanly as ever."""
+    """Allow a callback to take long.
+
+    SIGINT and SIGTERM end the process from within it, as cleanly as ever, and it is not taken for
+    hung.
+    """
 
     def leave(_signal: int, _frame: object) -> None:
         raise SystemExit(0)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    faulthandler.cancel_dump_traceback_later()
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """How `common.run` ends a process, whatever the node does."""
 
+import re
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ class {name}(Node):
 
 {body}
 
+common.HANG_TIME = 2.0
 sys.exit(common.run({name}, {name}.leave))
 """
 BODIES = {
@@ -35,6 +37,11 @@ BODIES = {
     "Deadlocked": """
     def destroy_node(self):
         ctypes.PyDLL(None).sleep(60)
+""",
+    "Hung": """
+    def tick(self):
+        print("ticking")
+        ctypes.PyDLL(None).sleep(600)
 """,
     "Loading": """
     def tick(self):
@@ -65,6 +72,7 @@ def ending(start, ros):
 @pytest.mark.parametrize("name", ["Sound", "Loading"])
 def test_a_signal_ends_a_node_with_its_outputs_closed(ending, name, number):
     process = ending(name)
+    time.sleep(3.0)  # for longer than it may hang
     process.send(number)
     assert process.wait() == 0
     assert process.output.splitlines()[-1] == "left"
@@ -77,6 +85,14 @@ def test_a_deadlock_in_the_middleware_cannot_keep_a_process(ending):
     assert process.wait(TEARDOWN_TIME + 10.0) == -signal.SIGALRM
     assert time.monotonic() - began > TEARDOWN_TIME / 2
     assert process.output.splitlines()[-1] == "left"
+
+
+def test_a_node_that_hangs_while_it_runs_ends_and_says_where(ending):
+    process = ending("Hung")
+    assert process.wait(90.0) == 1
+    assert "Timeout (0:00:02)!" in process.output
+    assert re.search(r"^  File .* in tick$", process.output, re.MULTILINE)
+    assert "left" not in process.output
 
 
 def test_a_users_mistake_found_while_running_is_one_line(ending):
