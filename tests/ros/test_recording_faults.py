@@ -73,7 +73,8 @@ class Stack:
         goal = RunEpisode.Goal(instruction=INSTRUCTION, max_duration=seconds, record=True)
         goal.episode_id = episode_id
         self.twists.clear(), self.commands.clear()
-        assert self.ros.until(self._action.server_is_ready, 60.0), "the policy node does not start"
+        ready = self.ros.until(self._action.server_is_ready, 60.0)
+        assert ready, f"the policy node does not start; {self.state()}"
         outcome = []
 
         def begun():
@@ -85,13 +86,20 @@ class Stack:
                     outcome.append(sent.result().get_result_async())
             return False
 
-        assert self.ros.until(begun, 40.0), "the arm does not move"
+        assert self.ros.until(begun, 40.0), f"the arm does not move; {self.state()}"
         self.ros.spin(1.0)
         return outcome[-1]
 
     def result(self, future):
-        assert self.ros.until(future.done, 30.0), "the episode does not end"
+        assert self.ros.until(future.done, 30.0), f"the episode does not end; {self.state()}"
         return future.result().result
+
+    def state(self):
+        """Of each process, whether it runs and what it said last."""
+        return "; ".join(
+            f"{name}: {process.popen.poll()}, {process.output.splitlines()[-1:]}"
+            for name, process in self.processes.items()
+        )
 
     def stopped(self):
         """The policy's last command and the guard's say stop."""
