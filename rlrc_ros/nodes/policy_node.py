@@ -50,6 +50,8 @@ GUARD_PATIENCE = 1.0
 """s without a word from the command guard after which an episode ends."""
 GUARD_DISCOVERY = 3.0
 """s to wait for its first word, when an episode is to begin."""
+RESULT_TIME = 900
+"""s that an episode's result can be asked for; its client may have been out of the graph."""
 FAREWELL_TIME = 3.0
 """s that an episode cut off by SIGINT or SIGTERM may take to close its bag and give its result."""
 
@@ -115,6 +117,7 @@ class PolicyNode(LifecycleNode):
             goal_callback=self._on_goal,
             handle_accepted_callback=self._on_accepted,
             cancel_callback=self._on_cancel,
+            result_timeout=RESULT_TIME,
         )
         self.create_timer(1.0, self._report, clock=common.STEADY_CLOCK)
         if common.flag(self, "autostart", False, "configure and activate without being asked"):

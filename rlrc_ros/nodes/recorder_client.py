@@ -45,6 +45,8 @@ class RecorderClient:
         self._episode_id = ""
         """Of the recording that goes on; empty where none does."""
         self._heard = 0.0
+        self._unanswered: StopRecording.Request | None = None
+        """To stop, where the recorder was too late to answer, or has never heard of it."""
         self._patience = self._most_patience = PATIENCE
         node.create_subscription(RecorderStatus, "recorder/status", self._on_status, 10)
         node.create_timer(0.5, self._watch, clock=common.STEADY_CLOCK)
@@ -58,6 +60,8 @@ class RecorderClient:
             self._heard = time.monotonic()
             if status.state == "failed":
                 self._lose(status.message)
+        elif self._unanswered and status.episode_id == self._unanswered.episode_id:
+            self._stop.call_async(self._unanswered)  # it was frozen, and still records it
 
     def _watch(self) -> None:
         if self._episode_id and time.monotonic() - self._heard > SILENCE:
@@ -81,17 +85,22 @@ class RecorderClient:
         if not response.success:
             raise UserError(f"the recorder: {response.message}")
         self._episode_id, self._heard = request.episode_id, time.monotonic()
+        self._unanswered = None
         return response.uri
 
     async def stop(self, episode_id: str, termination_reason: str) -> str:
-        """Finish that episode's bag; what went wrong, empty where nothing did."""
+        """Finish that episode's bag; what went wrong, empty where nothing did.
+
+        A recorder that does not answer is told again when it says that it still records it.
+        """
         self._episode_id = ""
+        request = StopRecording.Request(
+            episode_id=episode_id, termination_reason=termination_reason
+        )
         try:
-            request = StopRecording.Request(
-                episode_id=episode_id, termination_reason=termination_reason
-            )
             response = await self._ask(self._stop, request)
         except UserError as error:
+            self._unanswered = request
             return str(error)
         return "" if response.success else response.message
 

@@ -32,6 +32,9 @@ FAREWELL_TIME = 5.0
 """s that leaving an episode may wait for the policy node to say that it has stopped the arm."""
 CLOCK_TOLERANCE = 0.5
 """s by which the clocks of two machines may differ."""
+ASKING_AGAIN = 2.0
+"""s after which an episode's result is asked for again, once the policy node is idle. A process
+that is silent for 5 s is out of the graph, and misses what is answered meanwhile."""
 STATUS_DEPTH = 10
 
 
@@ -253,7 +256,7 @@ class RobotClient:
             handle = self._wait(sent, ANSWER_TIME, "policy/run_episode")
             if not handle.accepted:
                 raise UserError("the policy node refuses the episode; its log says why")
-            result = handle.get_result_async()
+            result, asked = handle.get_result_async(), time.monotonic()
             success = None if self._task is None else False
             stopped = finished = False
             while not self._until(result.done, 0.02):
@@ -261,6 +264,9 @@ class RobotClient:
                     raise UserError(
                         f"the episode does not end; it should have after {max_duration:g} s"
                     )
+                idle = self._status is not None and self._status.state == "idle"
+                if idle and time.monotonic() - asked > ASKING_AGAIN:
+                    result, asked = handle.get_result_async(), time.monotonic()
                 if success is False and self._task is not None and self._task.success:
                     success = True
                 if not stopped and should_stop():

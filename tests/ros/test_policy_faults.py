@@ -33,8 +33,25 @@ import sys
 from rlrc_ros.trials.client import RobotClient
 with RobotClient() as client:
     client.wait_until_ready(lambda: None, simulated=False)
-    client.run_episode("{INSTRUCTION}", "original", sys.argv[1], 60.0, record=False)
+    outcome = client.run_episode("{INSTRUCTION}", "original", sys.argv[1], 60.0, record=False)
+    print(outcome.result.termination_reason)
 """
+
+
+@pytest.fixture
+def start_client(robot, start):
+    """start_client(episode's id) → Process that runs an episode and prints how it ended."""
+    node = robot.ros.node
+    label = node.create_service(LabelEpisode, "recorder/label", lambda _, response: response)
+
+    def start_client(episode_id):
+        words = [sys.executable, "-c", CLIENT, episode_id, "--ros-args", "-r", "__ns:=/shared"]
+        client = start(words)
+        robot.acts(episode_id, 13)
+        return client
+
+    yield start_client
+    node.destroy_service(label)
 
 
 def test_a_guard_that_dies_ends_the_episode_and_without_one_there_is_none(robot):
@@ -81,13 +98,9 @@ SILENT = "guard_stop nothing has come from the command guard for 1.0 s"
         (signal.SIGINT, []),
     ],
 )
-def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, reasons):
-    node = robot.ros.node
-    label = node.create_service(LabelEpisode, "recorder/label", lambda _, response: response)
+def test_an_episode_ends_with_the_process_that_runs_it(robot, start_client, number, reasons):
     episode_id = f"attended by {number.name}"
-    words = ["--ros-args", "-r", "__ns:=/shared"]
-    client = start([sys.executable, "-c", CLIENT, episode_id, *words])
-    robot.acts(episode_id, 13)
+    client = start_client(episode_id)
     client.send(number)
     assert robot.ros.until(lambda: robot.states[-1][1].state == "idle", 30.0), client.output
     assert robot.stands(episode_id)
@@ -97,7 +110,17 @@ def test_an_episode_ends_with_the_process_that_runs_it(robot, start, number, rea
     messages = [status.message for _, message in said for status in message.status]
     assert robot.ros.until(lambda: said[-1][1].status[0].message in ended, 5.0), messages
     client.send(signal.SIGKILL)
-    node.destroy_service(label)
+
+
+def test_a_process_that_was_frozen_for_long_still_gets_its_episodes_result(robot, start_client):
+    """After 5 s it is out of the graph, and what it is answered does not reach it."""
+    client = start_client("frozen for long")
+    client.send(signal.SIGSTOP)
+    assert robot.ros.until(lambda: robot.states[-1][1].state == "idle", 30.0)
+    robot.ros.spin(15.0)
+    client.send(signal.SIGCONT)
+    assert robot.ros.until(lambda: client.popen.poll() is not None, 30.0), client.output
+    assert client.output.splitlines()[-1] in ("client_lost", "guard_stop")
 
 
 def test_only_an_episodes_own_client_is_missed_and_only_while_it_lasts(robot):

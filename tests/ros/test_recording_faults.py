@@ -127,18 +127,25 @@ def stack(ros_environment, start_shared, bundles, tmp_path_factory):
         yield Stack(ros, start_shared, bundles["original"], directory, "faults")
 
 
-def test_an_episode_ends_when_its_recorder_freezes_and_its_bag_is_closed_when_it_thaws(stack):
-    result = stack.begin("frozen")
+@pytest.mark.parametrize("seconds", [0.0, 8.0])
+def test_an_episode_ends_when_its_recorder_freezes_and_its_bag_is_closed_when_it_thaws(
+    stack, seconds
+):
+    """After 5 s it is out of the graph, and what it was asked is lost."""
+    episode_id = f"frozen_{seconds:.0f}"
+    result = stack.begin(episode_id)
     stack.send("recorder_node", signal.SIGSTOP)
     try:
         assert stack.stopped()
+        stack.ros.spin(seconds)
     finally:
         stack.send("recorder_node", signal.SIGCONT)
     reason = stack.result(result).termination_reason
     # Frozen while it holds its port's lock, it holds up whoever sends it observations.
     assert reason in ("recording_lost", "observation_lost")
-    assert stack.ros.until((stack.bags / "frozen").is_dir)
-    report = verify(stack.bags / "frozen")
+    bag = stack.bags / episode_id
+    assert stack.ros.until(bag.is_dir), f"the bag is not closed; {stack.state()}"
+    report = verify(bag)
     assert report.ok and report.episode.termination_reason == reason
 
 
