@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import rclpy
+from action_msgs.msg import GoalStatus
 from rclpy.action.client import ActionClient
 from rclpy.client import Client
 from rclpy.executors import SingleThreadedExecutor
@@ -279,6 +280,8 @@ class RobotClient:
             self._cancel(sent)
             raise
         duration = time.monotonic() - began
+        if result.result().status == GoalStatus.STATUS_UNKNOWN:
+            raise UserError("the policy node knows of no such episode: it has been started anew")
         return EpisodeOutcome(result.result().result, success, duration, _rise(before, self._guard))
 
     def _cancel(self, sent: Any) -> None:

@@ -31,6 +31,13 @@ from tests.ros.test_recorder import TALKER, Recorder, sent
 
 INSTRUCTION = "put the red cube on the blue plate"
 
+CLIENT = f"""
+from rlrc_ros.trials.client import RobotClient
+with RobotClient() as client:
+    client.wait_until_ready(lambda: None, simulated=False)
+    client.run_episode("{INSTRUCTION}", "original", "anew", 60.0, record=False)
+"""
+
 
 class Stack:
     """The simulated robot's nodes, each of which can be killed and started again."""
@@ -268,6 +275,18 @@ def test_two_nodes_that_fail_at_once_leave_a_stop_a_reason_and_a_bag(stack, numb
     assert GUARD not in names or len(stray) <= (not killed)
     for name in names if killed else ():
         stack.restart(name)
+
+
+def test_a_trial_hears_that_the_policy_node_has_been_started_anew(stack, start):
+    client = start([sys.executable, "-c", CLIENT, "--ros-args", "-r", "__ns:=/faults"])
+    stack.twists.clear()
+    assert stack.ros.until(lambda: any(twist_array(m.twist).any() for _, m in stack.twists))
+    stack.send(POLICY, signal.SIGKILL)
+    stack.restart(POLICY)
+    assert stack.ros.until(lambda: client.popen.poll() is not None), client.output
+    assert client.output.splitlines()[-1].endswith(
+        "the policy node knows of no such episode: it has been started anew"
+    )
 
 
 def test_ctrl_c_on_all_of_them_leaves_a_result_and_a_bag_that_says_so(stack):
