@@ -19,6 +19,16 @@ from rlrc_ros.nodes.common import SENSOR_QOS
 
 JOINTS = [*(f"joint{i}" for i in range(1, 8)), "finger_joint"]
 INSTRUCTION = "put the red cube on the blue plate"
+
+CLIENT = f"""
+import sys
+from rlrc_ros.trials.client import RobotClient
+with RobotClient() as client:
+    client.wait_until_ready(lambda: None, simulated=False)
+    outcome = client.run_episode("{INSTRUCTION}", "original", sys.argv[1], 60.0, record=False)
+    print(outcome.result.termination_reason)
+"""
+"""A process that runs the episode it is given the id of, and prints how it ended."""
 numbers = itertools.count()
 
 

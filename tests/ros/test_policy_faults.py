@@ -26,16 +26,7 @@ from rlrc_ros.nodes.common import SENSOR_QOS
 from rlrc_ros.profile import CameraSource, load_profile
 from rlrc_ros.rollouts.alignment import AlignedEpisode, Contract
 from rlrc_ros.rollouts.verify import verify
-from tests.ros.policy_robot import INSTRUCTION, JOINTS, broken
-
-CLIENT = f"""
-import sys
-from rlrc_ros.trials.client import RobotClient
-with RobotClient() as client:
-    client.wait_until_ready(lambda: None, simulated=False)
-    outcome = client.run_episode("{INSTRUCTION}", "original", sys.argv[1], 60.0, record=False)
-    print(outcome.result.termination_reason)
-"""
+from tests.ros.policy_robot import CLIENT, JOINTS, broken
 
 
 @pytest.fixture
@@ -45,8 +36,9 @@ def start_client(robot, start):
     label = node.create_service(LabelEpisode, "recorder/label", lambda _, response: response)
 
     def start_client(episode_id):
-        words = [sys.executable, "-c", CLIENT, episode_id, "--ros-args", "-r", "__ns:=/shared"]
-        client = start(words)
+        client = start(
+            [sys.executable, "-c", CLIENT, episode_id, "--ros-args", "-r", "__ns:=/shared"]
+        )
         robot.acts(episode_id, 13)
         return client
 
@@ -117,7 +109,7 @@ def test_a_process_that_was_frozen_for_long_still_gets_its_episodes_result(robot
     client = start_client("frozen for long")
     client.send(signal.SIGSTOP)
     assert robot.ros.until(lambda: robot.states[-1][1].state == "idle", 30.0)
-    robot.ros.spin(15.0)
+    robot.ros.spin(15.0)  # left to itself, rclpy keeps a result for 10 s
     client.send(signal.SIGCONT)
     assert robot.ros.until(lambda: client.popen.poll() is not None, 30.0), client.output
     assert client.output.splitlines()[-1] in ("client_lost", "guard_stop")

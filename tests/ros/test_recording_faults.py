@@ -27,16 +27,8 @@ from rlrc_ros.rollouts.episode import read_episode
 from rlrc_ros.rollouts.repair import INTERRUPTED, repair
 from rlrc_ros.rollouts.verify import verify
 from tests.ros.conftest import a_tester
+from tests.ros.policy_robot import CLIENT, INSTRUCTION
 from tests.ros.test_recorder import TALKER, Recorder, sent
-
-INSTRUCTION = "put the red cube on the blue plate"
-
-CLIENT = f"""
-from rlrc_ros.trials.client import RobotClient
-with RobotClient() as client:
-    client.wait_until_ready(lambda: None, simulated=False)
-    client.run_episode("{INSTRUCTION}", "original", "anew", 60.0, record=False)
-"""
 
 
 class Stack:
@@ -278,7 +270,7 @@ def test_two_nodes_that_fail_at_once_leave_a_stop_a_reason_and_a_bag(stack, numb
 
 
 def test_a_trial_hears_that_the_policy_node_has_been_started_anew(stack, start):
-    client = start([sys.executable, "-c", CLIENT, "--ros-args", "-r", "__ns:=/faults"])
+    client = start([sys.executable, "-c", CLIENT, "anew", "--ros-args", "-r", "__ns:=/faults"])
     stack.twists.clear()
     assert stack.ros.until(lambda: any(twist_array(m.twist).any() for _, m in stack.twists))
     stack.send(POLICY, signal.SIGKILL)
